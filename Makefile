@@ -1,0 +1,28 @@
+# mars: everything a newcomer needs is `make demo` and `make test`.
+
+PYTHON ?= python3
+SEED ?= 0
+DATA ?= digits
+
+.PHONY: help setup demo test verify clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+setup: ## create .venv and install everything (CUDA stack if an NVIDIA GPU is there, else CPU); seconds when done
+	@$(PYTHON) deploy/setup_env.py
+
+demo: setup ## train the tiny policy through all services: make demo [SEED=n] [DATA=digits|scene]
+	@.venv/bin/mars demo --data $(DATA) --seed $(SEED)
+
+test: setup ## lint, types, import rules and all tests
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/pytest
+
+verify: setup ## long checks: three seeds of digits, one of scene
+	@.venv/bin/python benchmarks/verify_demo.py
+
+clean: ## remove the environment and all runs
+	rm -rf .venv runs

@@ -1,0 +1,1 @@
+"""The reward service: scores completions over HTTP and from the queue."""

@@ -1,0 +1,65 @@
+"""`python -m mars_reward --recipe PATH --port N`: HTTP and the queue worker in one process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mars_shared.errors import MarsError
+from mars_shared.http import HttpServer, bind
+from mars_shared.queue import Queue, Streams
+from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
+from mars_shared.telemetry import configure_logging
+
+from mars_reward.app import build_app
+from mars_reward.worker import RewardWorker
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m mars_reward", description="The reward service of mars.")
+    parser.add_argument("--recipe", type=Path, required=True, help="TOML recipe of the run")
+    parser.add_argument("--port", type=int, default=8200, help="port of the HTTP API (default: 8200)")
+    options = parser.parse_args(arguments)
+    configure_logging("reward")
+    try:
+        asyncio.run(serve(load_recipe(options.recipe), load_deployment(), options.port))
+    except MarsError as error:
+        print(f"mars_reward: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+async def serve(recipe: Recipe, deployment: Deployment, port: int) -> None:
+    """Run the HTTP server and the worker until a signal; then finish what is in hand.
+
+    Raises:
+        ConfigError: the port is taken, or it would serve beyond loopback without a key.
+        QueueUnavailableError: Redis does not answer at the start; later the worker waits for it.
+    """
+    stop = asyncio.Event()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
+    queue = Queue(deployment.redis_url, lease_s=deployment.lease_s)
+    consumer = f"reward-{socket.gethostname()}-{port}"
+    worker = RewardWorker(queue, Streams(recipe.run.name), consumer, recipe=recipe.reward.recipe)
+    app = build_app(deployment, recipe=recipe.reward.recipe, ready=lambda: worker.problem)
+    try:
+        await queue.ping()
+        server = HttpServer(app, bind(deployment.host, port))
+        await server.start()
+        try:
+            await worker.run(stop)
+        finally:
+            await server.stop()
+    finally:
+        await queue.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

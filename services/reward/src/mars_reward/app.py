@@ -1,0 +1,50 @@
+"""The HTTP face: POST /v1/score scores a batch, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from mars_shared.contracts import ScoreRequest, ScoreResponse
+from mars_shared.http import create_app
+from mars_shared.settings import Deployment
+
+from mars_reward.metrics import ITEMS, SECONDS
+from mars_reward.registry import check_recipe, score
+
+
+def build_app(deployment: Deployment, *, recipe: str, ready: Callable[[], str | None]) -> FastAPI:
+    """The reward service's app.
+
+    Args:
+        recipe: scores requests that name none.
+        ready: returns None when the service can serve, else why not.
+
+    Raises:
+        ConfigError: unknown recipe, or it would serve beyond loopback without a key.
+    """
+    default_recipe = check_recipe(recipe)
+    app = create_app("mars reward service", deployment, ready=ready)
+
+    # Not `async`: FastAPI runs it in a thread, so that scoring never holds up the event loop.
+    @app.post("/v1/score")
+    def score_batch(request: ScoreRequest) -> ScoreResponse:
+        """Score every item; one that cannot be scored refuses the batch and is named by its index."""
+        with SECONDS.labels(via="http").time():
+            return score_request(request, default_recipe)
+
+    return app
+
+
+def score_request(request: ScoreRequest, default_recipe: str) -> ScoreResponse:
+    """Scores in the order of the items.
+
+    Raises:
+        ConfigError: the request names an unknown recipe.
+        InputError: an item cannot be scored; the message names its index.
+    """
+    recipe = check_recipe(request.recipe or default_recipe)
+    scores = tuple(score(item, recipe, what=f"items.{index}") for index, item in enumerate(request.items))
+    for item in request.items:
+        ITEMS.labels(via="http", truth=item.truth.kind).inc()
+    return ScoreResponse(recipe=recipe, scores=scores)

@@ -1,0 +1,81 @@
+"""Which recipe scores which kind of ground truth with which function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mars_shared.contracts import BoxesTruth, Score, ScoreItem, TextTruth
+from mars_shared.errors import ConfigError, InputError
+
+from mars_reward.rewards.grounding import score_grounding
+from mars_reward.rewards.vqa import score_vqa
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a scorer found: named parts that sum to the reward."""
+
+    parts: Mapping[str, float]
+    parsed: bool
+
+
+Scorer = Callable[[ScoreItem], Parts]
+
+
+def _paper_boxes(item: ScoreItem) -> Parts:
+    assert isinstance(item.truth, BoxesTruth)
+    score = score_grounding(item.completion, item.truth, item.frame)
+    return Parts({"format": score.format, "iou": score.iou}, score.parsed)
+
+
+def _paper_text(item: ScoreItem) -> Parts:
+    assert isinstance(item.truth, TextTruth)
+    score = score_vqa(item.completion, item.truth)
+    return Parts({"format": score.format, "accuracy": score.accuracy}, score.parsed)
+
+
+RECIPES: Mapping[str, Mapping[str, Scorer]] = {"paper": {"boxes": _paper_boxes, "text": _paper_text}}
+"""Scorers by recipe, then by the truth's kind; another recipe is another row."""
+
+
+def check_recipe(recipe: str) -> str:
+    """The recipe itself, if it is known.
+
+    Raises:
+        ConfigError: it isn't; the message lists those that are.
+    """
+    if recipe not in RECIPES:
+        raise ConfigError(f"reward recipe {recipe!r} is unknown; expected one of {', '.join(sorted(RECIPES))}")
+    return recipe
+
+
+def score(item: ScoreItem, recipe: str, *, what: str = "completion") -> Score:
+    """Score one completion.
+
+    Args:
+        what: names the completion in errors, e.g. "item 3".
+
+    Raises:
+        ConfigError: unknown recipe.
+        InputError: the item lacks something that its scoring needs, or its reward isn't finite.
+    """
+    scorer = RECIPES[check_recipe(recipe)][item.truth.kind]
+    try:
+        found = scorer(item)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+    return to_score(found, what=what)
+
+
+def to_score(found: Parts, *, what: str) -> Score:
+    """The reward as the sum of its parts.
+
+    Raises:
+        InputError: a part isn't finite.
+    """
+    for name, value in found.parts.items():
+        if not math.isfinite(value):
+            raise InputError(f"{what}: reward part {name!r} is {value}; expected a finite number")
+    return Score(reward=math.fsum(found.parts.values()), parts=dict(found.parts), parsed=found.parsed)

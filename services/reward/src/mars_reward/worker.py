@@ -1,0 +1,165 @@
+"""The queue worker: takes a whole group, scores every completion, sends the group on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+
+from mars_shared.contracts import Completion, RolloutGroup, ScoredGroup, ScoreItem
+from mars_shared.errors import InputError, LeaseLostError, QueueError
+from mars_shared.http import explain_validation
+from mars_shared.queue import Claim, Queue, Streams
+from pydantic import ValidationError
+
+from mars_reward.metrics import GROUPS, ITEMS, SECONDS
+from mars_reward.registry import check_recipe, score
+
+logger = logging.getLogger(__name__)
+
+MAX_ERRORS = 3
+"""Unexpected errors after which a group is given up."""
+MAX_DEATHS = 10
+"""Attempts that ended without a word (a killed worker, a lost lease) after which a group is given up."""
+LOOK_S = 0.5
+"""Longest wait for a new entry, and so for noticing a stop."""
+BACK_OFF_S = (0.1, 5.0)
+"""First and longest pause while Redis cannot be used."""
+
+
+def score_group(group: RolloutGroup, recipe: str) -> ScoredGroup:
+    """Score every completion, each with the box frame of the view it saw.
+
+    Raises:
+        ConfigError: unknown recipe.
+        InputError: no ground truth, or a completion that cannot be scored; the message names it.
+    """
+    started_at, start_s = time.time(), time.perf_counter()
+    truth = group.prompt.truth
+    if truth is None:
+        raise InputError(f"group {group.group_id}: prompt {group.prompt.prompt_id!r} has no truth; expected boxes or a text")
+    scores = tuple(
+        score(
+            ScoreItem(completion=completion.text, truth=truth, frame=group.view_of(completion.source).frame),
+            recipe,
+            what=name_of(completion),
+        )
+        for completion in group.completions
+    )
+    reward_s = time.perf_counter() - start_s
+    return ScoredGroup(group=group, scores=scores, recipe=recipe, scoring_started_at=started_at, reward_s=reward_s)
+
+
+def name_of(completion: Completion) -> str:
+    """E.g. "group t1, mono completion 0 of source 'infrared'"."""
+    source = "" if completion.source is None else f" of source {completion.source!r}"
+    return f"group {completion.group_id}, {completion.kind} completion {completion.index}{source}"
+
+
+def read_group(payload: bytes) -> RolloutGroup:
+    """A stream entry's group.
+
+    Raises:
+        InputError: the entry is no RolloutGroup.
+    """
+    try:
+        return RolloutGroup.model_validate_json(payload)
+    except ValidationError as error:
+        problems = explain_validation(error.errors(include_url=False)[:5])
+        raise InputError(f"entry of {len(payload)} bytes is no RolloutGroup: {problems}") from error
+
+
+class RewardWorker:
+    """Scores groups one at a time until told to stop; Redis may come and go meanwhile.
+
+    Args:
+        consumer: names this worker; unique among those alive and the same after a restart, so
+            that a restarted worker takes up at once what it held.
+
+    Raises:
+        ConfigError: unknown recipe.
+    """
+
+    def __init__(self, queue: Queue, streams: Streams, consumer: str, *, recipe: str) -> None:
+        self._queue = queue
+        self._streams = streams
+        self._consumer = consumer
+        self._recipe = check_recipe(recipe)
+        self.problem: str | None = None
+        """Why no work can be taken at the moment; None when it can."""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set; the group in hand is finished first.
+
+        At the start, and whenever Redis comes back, entries still held under this name come first.
+        """
+        held: list[Claim] | None = None
+        pause_s = BACK_OFF_S[0]
+        while not stop.is_set():
+            try:
+                if held is None:
+                    held = await self._queue.resume(self._streams.rollouts, self._consumer)
+                claim = held.pop(0) if held else await self._next()
+                if claim is not None:
+                    await self._handle(claim)
+                self.problem, pause_s = None, BACK_OFF_S[0]
+            except QueueError as error:
+                self.problem, held = str(error), None
+                logger.warning("waiting %.1f s: %s", pause_s, error)
+                await _wait(stop, pause_s)
+                pause_s = min(pause_s * 2, BACK_OFF_S[1])
+
+    async def _next(self) -> Claim | None:
+        return await self._queue.claim(self._streams.rollouts, self._consumer, wait_s=LOOK_S)
+
+    async def _handle(self, claim: Claim) -> None:
+        try:
+            async with self._queue.keep(claim):
+                outcome = await self._score(claim)
+        except LeaseLostError as error:
+            logger.warning("%s", error)
+            outcome = "lease_lost"
+        GROUPS.labels(outcome=outcome).inc()
+
+    async def _score(self, claim: Claim) -> str:
+        """Score the entry and end the claim; returns the outcome as the metric names it."""
+        deaths = claim.attempt - 1 - claim.errors
+        if deaths >= MAX_DEATHS:
+            await self._queue.dead_letter(claim, "worker died", f"{deaths} attempts to score it ended without a word")
+            return "dead_letter"
+        try:
+            scored, payload = await asyncio.to_thread(self._judge, claim.payload)
+        except InputError as error:
+            await self._queue.dead_letter(claim, "bad input", str(error))
+            return "dead_letter"
+        except Exception as error:  # The worker's edge: one group's surprise must not end the others' work.
+            return await self._give_back(claim, error)
+        await self._queue.complete(claim, forward=self._streams.scored(scored.group.prompt.purpose), payload=payload)
+        _count(scored)
+        return "scored"
+
+    def _judge(self, payload: bytes) -> tuple[ScoredGroup, bytes]:
+        scored = score_group(read_group(payload), self._recipe)
+        return scored, scored.model_dump_json().encode()
+
+    async def _give_back(self, claim: Claim, error: Exception) -> str:
+        detail = "".join(traceback.format_exception(error))
+        if claim.errors + 1 >= MAX_ERRORS:
+            await self._queue.dead_letter(claim, "reward failed", detail)
+            return "dead_letter"
+        await self._queue.retry(claim, detail)
+        return "retry"
+
+
+def _count(scored: ScoredGroup) -> None:
+    SECONDS.labels(via="queue").observe(scored.reward_s)
+    if scored.group.prompt.truth is not None:
+        ITEMS.labels(via="queue", truth=scored.group.prompt.truth.kind).inc(len(scored.scores))
+
+
+async def _wait(stop: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(stop.wait(), seconds)
+    except TimeoutError:
+        return

@@ -1,0 +1,1 @@
+"""Rollout replicas: whole groups of completions from one policy version, sampled by vLLM."""

@@ -1,0 +1,89 @@
+"""The HTTP face of a replica: ad-hoc groups, the served version, and vLLM's OpenAI routes beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import HTTPException
+from mars_shared.errors import InputError, MediaTypeError, NotReadyError
+from mars_shared.http import create_app
+from mars_shared.settings import Deployment
+from starlette.datastructures import FormData, UploadFile
+from starlette.types import ASGIApp
+
+from mars_rollout.adhoc import AdhocPrompts, GroupAnswer, GroupRequest, RewardClient, parse_form, parse_json
+from mars_rollout.engine.base import Engine
+from mars_rollout.group import GroupMaker
+from mars_rollout.metrics import count_group
+
+MAX_FORM_FIELDS = 32
+MAX_FORM_FILES = 64
+
+
+class Stage:
+    """What the routes need of a replica; `engine` and `maker` are None until it has started."""
+
+    def __init__(self, replica: str, prompts: AdhocPrompts, rewards: RewardClient) -> None:
+        self.replica = replica
+        self.prompts = prompts
+        self.rewards = rewards
+        self.engine: Engine | None = None
+        self.maker: GroupMaker | None = None
+
+
+def build_app(deployment: Deployment, stage: Stage, *, ready: Callable[[], str | None]) -> FastAPI:
+    """A replica's app; answers 503 where the engine is needed and not there yet.
+
+    Raises:
+        ConfigError: it would serve beyond loopback without a key.
+    """
+    app = create_app("mars rollout service", deployment, ready=ready)
+
+    @app.post("/v1/rollouts", openapi_extra={"requestBody": _body_schema()})
+    async def make_group(request: Request) -> GroupAnswer:
+        """Answer a question about named images with a whole group, scored if a truth is given."""
+        if stage.maker is None:
+            raise NotReadyError("the engine is starting; ask again once /readyz answers 200")
+        group = await stage.maker.make(stage.prompts.prompt(await _read(request)))
+        count_group(group)
+        return await stage.rewards.answer(group)
+
+    @app.get("/v1/version")
+    async def version() -> dict[str, str]:
+        """The policy version that answers from here on, e.g. {"version": "1.7", ...}."""
+        if stage.engine is None:
+            raise NotReadyError("the engine is starting; ask again once /readyz answers 200")
+        return {"replica": stage.replica, "version": str(stage.engine.version), "weights_id": stage.engine.weights_id}
+
+    return app
+
+
+def mount_openai(app: FastAPI, openai_app: ASGIApp) -> None:
+    """Serve vLLM's app for every path that is not ours; the guard stands before both."""
+    app.mount("/", openai_app)
+
+
+async def _read(request: Request) -> GroupRequest:
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type == "application/json":
+        return parse_json(await request.body())
+    if media_type == "multipart/form-data":
+        return await _read_form(request)
+    raise MediaTypeError(f"content type {media_type!r}: expected application/json or multipart/form-data")
+
+
+async def _read_form(request: Request) -> GroupRequest:
+    try:
+        form: FormData = await request.form(max_files=MAX_FORM_FILES, max_fields=MAX_FORM_FIELDS)
+    except HTTPException as error:
+        raise InputError(f"form: {error.detail}") from error
+    fields = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+    files = [(name, await value.read()) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+    return parse_form(fields, files)
+
+
+def _body_schema() -> dict[str, Any]:
+    schema = GroupRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {"required": True, "content": {"application/json": {"schema": schema}}}

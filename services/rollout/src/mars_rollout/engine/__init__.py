@@ -1,0 +1,1 @@
+"""The seam to the inference engine, and vLLM behind it."""

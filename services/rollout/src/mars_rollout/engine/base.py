@@ -1,0 +1,90 @@
+"""What the rollout service needs of an inference engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
+from PIL import Image
+
+BASE_VERSION = PolicyVersion(incarnation=0, step=0)
+BASE_WEIGHTS_ID = "base"
+"""Names the weights of the model folder, which serve until a version is published."""
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One prompt and how often and how to answer it.
+
+    Attributes:
+        token_ids: the prompt with ONE placeholder token per image; the engine expands them.
+        images: pixels in placeholder order.
+        n: completions; sample i uses seed + i.
+        seed: None exactly if `greedy`.
+        urgent: training and evaluation groups go before ad-hoc requests.
+    """
+
+    token_ids: tuple[int, ...]
+    images: tuple[Image.Image, ...]
+    n: int
+    seed: int | None
+    temperature: float
+    top_p: float
+    max_tokens: int
+    greedy: bool = False
+    urgent: bool = True
+
+
+@dataclass(frozen=True)
+class EngineCompletion:
+    """One sampled answer; `logprobs` are of the sampled tokens under the sampling policy."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+    spans: tuple[VersionSpan, ...]
+
+
+@dataclass(frozen=True)
+class EngineAnswer:
+    """Completions in sample order, and the prompt as the model saw it (placeholders expanded)."""
+
+    prompt_token_ids: tuple[int, ...]
+    completions: tuple[EngineCompletion, ...]
+
+
+class Engine(Protocol):
+    """Generates, and changes its weights in place between two forward passes."""
+
+    @property
+    def version(self) -> PolicyVersion:
+        """The version whose weights answer a request that is sent from here on."""
+
+    @property
+    def weights_id(self) -> str:
+        """Identity of those weights."""
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine can never answer again."""
+
+    async def generate(self, request: EngineRequest) -> EngineAnswer:
+        """Answer one request; it goes on over a weight change, which `spans` then show.
+
+        Raises:
+            NotReadyError: the engine is dead or dropped the request.
+        """
+
+    async def update(self, manifest: WeightManifest, folder: Path) -> None:
+        """Apply a verified snapshot in place, in one step.
+
+        Raises:
+            IntegrityError: the snapshot does not fit the model; the engine is unusable then.
+            NotReadyError: the engine is dead.
+        """
+
+    async def shutdown(self) -> None:
+        """End the engine and every process of it."""

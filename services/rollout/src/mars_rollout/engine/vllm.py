@@ -1,0 +1,211 @@
+"""vLLM behind the `Engine` seam: settings, request tags, weight updates."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
+from mars_shared.errors import IntegrityError, NotReadyError
+from mars_shared.settings import Recipe
+from vllm import SamplingParams, TokensPrompt
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from mars_rollout.engine.base import BASE_VERSION, BASE_WEIGHTS_ID, EngineAnswer, EngineCompletion, EngineRequest
+from mars_rollout.transfer import BACKEND
+
+SERVED_NAME = "policy"
+MAX_CONCURRENT_SEQUENCES = 64
+_URGENT, _ADHOC = 0, 1
+_OWN_PREFIX = "mars-"
+
+
+def engine_args(recipe: Recipe) -> AsyncEngineArgs:
+    """vLLM's settings for a recipe, on the platform that vLLM found."""
+    rollout, model = recipe.rollout, recipe.model
+    cpu = current_platform.is_cpu()
+    kv_cache_bytes = rollout.kv_cache_mib * 2**20 if rollout.kv_cache_mib is not None else None
+    platform: dict[str, Any] = {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+    if cpu:
+        # One prefill is never cut in two: vLLM's CPU sampler refuses seeds otherwise.
+        platform = {
+            "enforce_eager": True,
+            "skip_mm_profiling": True,
+            "block_size": 32,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(model.max_model_len, 8192),
+        }
+    return AsyncEngineArgs(
+        model=str(model.path),
+        served_model_name=[SERVED_NAME, recipe.run.name],
+        dtype=model.dtype,
+        max_model_len=model.max_model_len,
+        max_num_seqs=MAX_CONCURRENT_SEQUENCES if cpu else 256,
+        kv_cache_memory_bytes=kv_cache_bytes,
+        seed=recipe.run.seed,
+        enable_prefix_caching=True,
+        scheduling_policy="priority",
+        logprobs_mode="processed_logprobs",
+        limit_mm_per_prompt={"image": 64, "video": 0},
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        enable_log_requests=False,
+        trust_remote_code=False,
+        **platform,
+    )
+
+
+class PolicyLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-checked
+    """AsyncLLM whose requests, whoever makes them, are tagged with the weights that will answer them.
+
+    The tag stands in every image's identifier and in the prefix cache's salt, so that nothing
+    computed by other weights is ever reused. It counts updates: weights that come back after a
+    rollback don't meet what requests in flight at the change may have left under the same name.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tag = f"0-{BASE_WEIGHTS_ID}"
+        self._updates = count(1)
+        self.engine_core.add_request_async = self._tagged(self.engine_core.add_request_async)
+
+    async def apply_snapshot(self, files: list[str], version: str, weights_id: str) -> None:
+        """Change the weights between two forward passes; requests sent after this call carry the new tag."""
+        overlapping = self.vllm_config.scheduler_config.async_scheduling
+        if overlapping:
+            await self.pause_generation(mode="keep", clear_cache=False)
+        try:
+            # The tag changes with the very message: the engine handles messages in the order sent.
+            self._tag = f"{next(self._updates)}-{weights_id}"
+            await self.engine_core.call_utility_async("apply_snapshot", files, version)
+        finally:
+            if overlapping:
+                await self.resume_generation()
+
+    def _tagged(self, send: Callable[[EngineCoreRequest], Awaitable[None]]) -> Callable[[EngineCoreRequest], Awaitable[None]]:
+        async def send_tagged(request: EngineCoreRequest) -> None:
+            request.cache_salt = f"{self._tag}/{request.cache_salt or ''}"
+            for feature in request.mm_features or ():
+                feature.identifier = f"{self._tag}/{feature.mm_hash}"
+            if not (request.external_req_id or "").startswith(_OWN_PREFIX):
+                request.priority = max(request.priority, _ADHOC)
+            await send(request)
+
+        return send_tagged
+
+
+class VllmEngine:
+    """The `Engine` that replicas use; see `mars_rollout.engine.base.Engine`.
+
+    Example:
+        engine = await VllmEngine.start(recipe)
+        await engine.update(manifest, store.verify(manifest))
+        answer = await engine.generate(request)
+    """
+
+    def __init__(self, llm: PolicyLLM) -> None:
+        self.llm = llm
+        self._version = BASE_VERSION
+        self._weights_id = BASE_WEIGHTS_ID
+        self._whole = True
+        self._ids = count()
+
+    @classmethod
+    async def start(cls, recipe: Recipe) -> VllmEngine:
+        """Load the base model; takes 10 s and more, without blocking the event loop."""
+        llm = await asyncio.to_thread(PolicyLLM.from_engine_args, engine_args(recipe))
+        await llm.update_weight_version(str(BASE_VERSION))
+        return cls(llm)
+
+    @property
+    def version(self) -> PolicyVersion:
+        return self._version
+
+    @property
+    def weights_id(self) -> str:
+        return self._weights_id
+
+    @property
+    def alive(self) -> bool:
+        return self._whole and not self.llm.errored
+
+    async def generate(self, request: EngineRequest) -> EngineAnswer:
+        prompt = TokensPrompt(prompt_token_ids=list(request.token_ids), multi_modal_data={"image": list(request.images)})
+        (engine_input,) = await self.llm.renderer.render_cmpl_async([parse_model_prompt(self.llm.model_config, prompt)])
+        outputs = self.llm.generate(
+            engine_input,
+            sampling_params(request),
+            f"{_OWN_PREFIX}{next(self._ids)}",
+            priority=_URGENT if request.urgent else _ADHOC,
+        )
+        final: RequestOutput | None = None
+        try:
+            async for output in outputs:
+                final = output
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise NotReadyError(f"the engine did not answer ({type(error).__name__}: {error})") from error
+        if final is None or not final.finished or final.prompt_token_ids is None:
+            raise NotReadyError("the engine dropped a request before it was answered; ask again")
+        samples = sorted(final.outputs, key=lambda sample: sample.index)
+        return EngineAnswer(tuple(final.prompt_token_ids), tuple(_completion(sample) for sample in samples))
+
+    async def update(self, manifest: WeightManifest, folder: Path) -> None:
+        # Until the change has succeeded nobody knows which weights the engine holds.
+        self._whole = False
+        files = [str(folder / file.name) for file in manifest.files if file.name.endswith(".safetensors")]
+        try:
+            await self.llm.apply_snapshot(files, str(manifest.version), manifest.weights_id)
+        except EngineDeadError as error:
+            raise NotReadyError("the engine died while its weights changed") from error
+        except Exception as error:  # vLLM reports a failed call by no narrower class
+            raise IntegrityError(f"weights {manifest.version} in {folder} cannot be applied: {error}") from error
+        self._version = manifest.version
+        self._weights_id = manifest.weights_id
+        self._whole = True
+
+    async def shutdown(self) -> None:
+        await asyncio.to_thread(self.llm.shutdown, 5.0)
+
+
+def sampling_params(request: EngineRequest) -> SamplingParams:
+    """vLLM's sampling parameters; `logprobs=0` asks for the sampled token's own, no alternatives."""
+    return SamplingParams(
+        n=request.n,
+        seed=request.seed,
+        temperature=0.0 if request.greedy else request.temperature,
+        top_p=1.0 if request.greedy else request.top_p,
+        max_tokens=request.max_tokens,
+        logprobs=0,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completion(output: CompletionOutput) -> EngineCompletion:
+    if output.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or output.logprobs is None:
+        raise NotReadyError(f"the engine ended a completion with {output.finish_reason!r}; ask again")
+    spans = tuple(
+        VersionSpan(version=parse_version(span.version), start=span.start, end=span.end) for span in output.weight_versions or ()
+    )
+    return EngineCompletion(
+        token_ids=tuple(output.token_ids),
+        logprobs=tuple(step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)),
+        text=output.text,
+        finish_reason=FinishReason(output.finish_reason),
+        spans=spans,
+    )
+
+
+def parse_version(label: str) -> PolicyVersion:
+    """Inverse of str(PolicyVersion): "3.17" is incarnation 3, step 17."""
+    incarnation, step = label.split(".")
+    return PolicyVersion(incarnation=int(incarnation), step=int(step))

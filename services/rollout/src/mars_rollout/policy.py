@@ -1,0 +1,164 @@
+"""Which weights a replica serves: pulled when HEAD changes, changed only between training groups."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from enum import Enum, auto
+from pathlib import Path
+
+from mars_shared.contracts import PolicyVersion, Prompt, WeightManifest
+from mars_shared.errors import InputError, IntegrityError, NotReadyError
+from mars_shared.weights import WeightsStore
+
+from mars_rollout.engine.base import BASE_WEIGHTS_ID, Engine
+from mars_rollout.metrics import count_update
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+"""How often HEAD, a small file, is read."""
+ANNOUNCEMENT_S = 60.0
+"""How long a prompt may wait for its version to appear in the weights store."""
+
+
+class SupersededError(InputError):
+    """The prompt belongs to an incarnation of the trainer that has ended; nobody waits for its group."""
+
+
+class _Verdict(Enum):
+    READY = auto()
+    PULL = auto()
+    WAIT = auto()
+
+
+class Policy:
+    """The weights store's HEAD and the engine's weights, brought together.
+
+    Training groups `hold` the version they are made with; a change waits until none is held.
+    Ad-hoc requests hold nothing: they go on over a change, which their version spans show.
+    """
+
+    def __init__(self, engine: Engine, store: WeightsStore, model: Path) -> None:
+        self._engine = engine
+        self._store = store
+        self._fingerprint = model_fingerprint(model)
+        self._held = 0
+        self._changed = asyncio.Condition()
+        self.fault: IntegrityError | None = None
+        """Why the announced weights cannot be applied; the replica is of no use then."""
+
+    @property
+    def current(self) -> bool:
+        """Whether the engine serves HEAD, or the base model while there is no HEAD."""
+        head = self._store.head()
+        return head is None or head.weights_id == self._engine.weights_id
+
+    @property
+    def announced(self) -> bool:
+        """Whether the trainer has published any version."""
+        return self._store.head() is not None
+
+    async def follow(self) -> None:
+        """Apply every announced version as soon as no training group is held; runs until cancelled."""
+        while True:
+            if not self.current:
+                async with self._changed:
+                    if not self._held and not self.current:
+                        await self._apply_head()
+            await asyncio.sleep(POLL_S)
+
+    @asynccontextmanager
+    async def hold(self, prompt: Prompt) -> AsyncIterator[float]:
+        """Bring the engine to the prompt's version and keep it there; yields the seconds that pulling took.
+
+        Raises:
+            SupersededError: the prompt is of an older incarnation than HEAD's.
+            InputError: HEAD is newer than the prompt tolerates.
+            NotReadyError: the prompt's version is not announced in time.
+            IntegrityError: the announced weights cannot be applied.
+        """
+        pull_s = await self._acquire(prompt)
+        try:
+            yield pull_s
+        finally:
+            async with self._changed:
+                self._held -= 1
+                self._changed.notify_all()
+
+    async def _acquire(self, prompt: Prompt) -> float:
+        pull_s = 0.0
+        deadline_s = time.monotonic() + ANNOUNCEMENT_S
+        async with self._changed:
+            while (verdict := self._judge(prompt)) is not _Verdict.READY:
+                if verdict is _Verdict.PULL and not self._held:
+                    pull_s += await self._apply_head()
+                    continue
+                if verdict is _Verdict.WAIT and time.monotonic() > deadline_s:
+                    raise NotReadyError(
+                        f"prompt {prompt.prompt_id}: version {prompt.policy_version} was not announced in {ANNOUNCEMENT_S:g} s"
+                    )
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_S):
+                        await self._changed.wait()
+            self._held += 1
+        return pull_s
+
+    def _judge(self, prompt: Prompt) -> _Verdict:
+        wanted, head = prompt.policy_version, self._store.head()
+        if wanted is None:
+            return _Verdict.READY
+        if head is None:
+            return _Verdict.WAIT
+        if wanted.incarnation < head.version.incarnation:
+            raise SupersededError(f"prompt {prompt.prompt_id}: version {wanted} is of an older incarnation than {head.version}")
+        published = self._engine.weights_id != BASE_WEIGHTS_ID
+        if published and _tolerates(wanted, self._engine.version, prompt.max_staleness):
+            return _Verdict.READY
+        if _tolerates(wanted, head.version, prompt.max_staleness):
+            return _Verdict.PULL
+        if head.version > wanted:
+            raise InputError(
+                f"prompt {prompt.prompt_id}: asks for version {wanted} with max_staleness {prompt.max_staleness}, "
+                f"but {head.version} is current"
+            )
+        return _Verdict.WAIT
+
+    async def _apply_head(self) -> float:
+        """Verify and apply HEAD; returns the seconds it took. The lock is held and no training group is."""
+        start_s = time.perf_counter()
+        head = self._store.head()
+        assert head is not None
+        try:
+            self._check_model(head)
+            folder = await asyncio.to_thread(self._store.verify, head)
+        except IntegrityError as error:
+            if self._store.head() != head:
+                logger.info("version %s was replaced while it was read", head.version)
+                return time.perf_counter() - start_s
+            self.fault = error
+            raise
+        await self._engine.update(head, folder)
+        seconds = time.perf_counter() - start_s
+        count_update(head.version, seconds)
+        logger.info("serving version %s after %.3f s", head.version, seconds)
+        return seconds
+
+    def _check_model(self, head: WeightManifest) -> None:
+        if head.model != self._fingerprint:
+            raise IntegrityError(
+                f"weights {head.version} are of a model with fingerprint {head.model}; this replica has {self._fingerprint}"
+            )
+
+
+def _tolerates(wanted: PolicyVersion, served: PolicyVersion, max_staleness: int) -> bool:
+    return wanted.incarnation == served.incarnation and abs(wanted.step - served.step) <= max_staleness
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hash of a model folder's configuration: which architecture weights must fit."""
+    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()

@@ -1,0 +1,170 @@
+"""A replica's life: HTTP first, then the engine, then the current weights, then work, until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from mars_shared.blobs import BlobStore
+from mars_shared.errors import ConfigError, NotReadyError
+from mars_shared.http import HttpServer
+from mars_shared.queue import Queue, Streams
+from mars_shared.settings import Deployment, Recipe
+from mars_shared.weights import WeightsStore
+
+from mars_rollout.adhoc import AdhocPrompts, RewardClient
+from mars_rollout.app import Stage, build_app, mount_openai
+from mars_rollout.engine.base import Engine
+from mars_rollout.group import GroupMaker
+from mars_rollout.policy import Policy
+from mars_rollout.worker import RolloutWorker
+
+if TYPE_CHECKING:
+    from mars_rollout.render import PromptRenderer
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.5
+SWEEP_S = 300.0
+FINISH_S = 10.0
+"""How long groups in hand may take to finish after a stop; then their leases lapse."""
+
+
+def check_model_folder(model: Path) -> None:
+    """Refuse a folder that cannot be a policy before anything heavy starts.
+
+    Raises:
+        ConfigError: names what is missing.
+    """
+    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        if not (model / name).is_file():
+            raise ConfigError(f"model folder {model}: {name} is missing; expected a model with tokenizer in Hugging Face format")
+    if not any(model.glob("*.safetensors")):
+        raise ConfigError(f"model folder {model}: no *.safetensors file; expected the model's weights")
+
+
+class Replica:
+    """One replica of one run."""
+
+    def __init__(self, recipe: Recipe, deployment: Deployment, queue: Queue, *, name: str) -> None:
+        self._recipe = recipe
+        self._deployment = deployment
+        self._queue = queue
+        self._name = name
+        self._blobs = BlobStore(recipe.run.dir / "blobs")
+        self._store = WeightsStore(recipe.run.dir / "weights")
+        self._rewards = RewardClient(deployment)
+        self._stage = Stage(name, AdhocPrompts(recipe, self._blobs), self._rewards)
+        self._problem: str | None = "the engine is starting"
+
+    async def run(self, listener: socket.socket, stop: asyncio.Event) -> None:
+        """Serve and work until `stop` is set.
+
+        Raises:
+            NotReadyError: the engine died.
+            IntegrityError: the announced weights cannot be applied.
+        """
+        app = build_app(self._deployment, self._stage, ready=lambda: self._problem)
+        server = HttpServer(app, listener)
+        await server.start()
+        try:
+            await self._start_and_work(app, stop)
+        finally:
+            await server.stop()
+            await self._rewards.close()
+
+    async def _start_and_work(self, app: FastAPI, stop: asyncio.Event) -> None:
+        engine, openai_app, maker = await self._start_engine(stop)
+        try:
+            mount_openai(app, openai_app)
+            self._stage.engine, self._stage.maker = engine, maker
+            await self._work(engine, maker, stop)
+        finally:
+            self._problem = "the replica is stopping"
+            await engine.shutdown()
+
+    async def _start_engine(self, stop: asyncio.Event) -> tuple[Engine, FastAPI, GroupMaker]:
+        """The engine, its OpenAI app and a group maker; a stop meanwhile ends the process at once."""
+        starting = asyncio.create_task(self._load())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            # vLLM's start cannot be interrupted; its processes end with this one.
+            logger.info("stopped while the engine was starting")
+            logging.shutdown()
+            os._exit(0)
+        stopping.cancel()
+        return starting.result()
+
+    async def _load(self) -> tuple[Engine, FastAPI, GroupMaker]:
+        recipe = self._recipe
+        renderer = await asyncio.to_thread(_load_renderer, recipe)
+        start_engine, build_openai_app = await asyncio.to_thread(_import_engine)
+        engine = await start_engine(recipe)
+        maker = GroupMaker(engine, renderer, self._blobs, replica=self._name, max_pixels=recipe.data.max_image_pixels)
+        return engine, await build_openai_app(engine, recipe), maker
+
+    async def _work(self, engine: Engine, maker: GroupMaker, stop: asyncio.Event) -> None:
+        policy = Policy(engine, self._store, self._recipe.model.path)
+        worker = RolloutWorker(
+            self._queue,
+            Streams(self._recipe.run.name),
+            maker,
+            policy,
+            consumer=self._name,
+            concurrency=self._recipe.rollout.concurrent_groups,
+            healthy=lambda: engine.alive and policy.fault is None,
+        )
+        async with asyncio.TaskGroup() as tasks:
+            aside = [tasks.create_task(work) for work in (policy.follow(), _watch(engine), self._sweep_uploads())]
+            await self._until_current(policy, stop)
+            working = tasks.create_task(self._claim_when_announced(worker, policy, stop))
+            await stop.wait()
+            self._problem = "the replica is stopping"
+            await asyncio.wait({working}, timeout=FINISH_S)
+            for task in (*aside, working):
+                task.cancel()
+
+    async def _until_current(self, policy: Policy, stop: asyncio.Event) -> None:
+        while not (policy.current or stop.is_set()):
+            self._problem = "the current weights are being pulled"
+            await asyncio.sleep(0.05)
+        self._problem = None
+        logger.info("ready to answer")
+
+    @staticmethod
+    async def _claim_when_announced(worker: RolloutWorker, policy: Policy, stop: asyncio.Event) -> None:
+        while not (policy.announced or stop.is_set()):  # noqa: ASYNC110  # another process announces
+            await asyncio.sleep(WATCH_S)
+        await worker.run(stop)
+
+    async def _sweep_uploads(self) -> None:
+        while True:
+            await asyncio.to_thread(self._blobs.sweep_uploads, self._deployment.upload_ttl_s)
+            await asyncio.sleep(SWEEP_S)
+
+
+async def _watch(engine: Engine) -> None:
+    while engine.alive:  # noqa: ASYNC110  # another process dies
+        await asyncio.sleep(WATCH_S)
+    raise NotReadyError("the engine died, so this replica ends; what the engine said last stands above")
+
+
+def _load_renderer(recipe: Recipe) -> PromptRenderer:
+    from mars_rollout.render import PromptRenderer
+
+    return PromptRenderer(recipe.model.path, recipe.model.max_model_len)
+
+
+def _import_engine() -> tuple[Callable[[Recipe], Awaitable[Any]], Callable[[Any, Recipe], Awaitable[FastAPI]]]:
+    """Imported late and in a thread: it takes seconds in which /healthz should answer."""
+    from mars_rollout.engine.http import build_openai_app
+    from mars_rollout.engine.vllm import VllmEngine
+
+    return VllmEngine.start, build_openai_app

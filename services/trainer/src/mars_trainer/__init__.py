@@ -1,0 +1,1 @@
+"""The trainer service: dispatch, learning, datasets and the tiny policy."""

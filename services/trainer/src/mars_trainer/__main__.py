@@ -1,0 +1,145 @@
+"""The trainer service: python -m mars_trainer --recipe recipes/digits.toml --port 8300."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mars_shared.blobs import BlobStore
+from mars_shared.contracts import PolicyVersion, Purpose
+from mars_shared.errors import ConfigError, MarsError
+from mars_shared.http import HttpServer, bind
+from mars_shared.queue import Queue
+from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
+from mars_shared.telemetry import EventLog, configure_logging
+from mars_shared.weights import WeightsStore
+
+from mars_trainer.app import build_app
+from mars_trainer.checkpoint import CheckpointStore, Ledger
+from mars_trainer.datasets import load_dataset
+from mars_trainer.dispatch import PromptMaker
+from mars_trainer.exchange import Exchange, trainer_queue
+from mars_trainer.learner import Learner
+from mars_trainer.loop import Progress, TrainingRun
+from mars_trainer.publish import Publisher, model_fingerprint
+from mars_trainer.samples import SampleLog
+
+logger = logging.getLogger("mars_trainer")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="mars_trainer", description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--port", type=int, default=8300)
+    parser.add_argument("--mode", choices=["once", "linger", "evaluate"], default="once", help="what to do, and when to end")
+    arguments = parser.parse_args()
+    configure_logging("trainer")
+    try:
+        recipe, deployment = load_recipe(arguments.recipe), load_deployment()
+        with only_trainer(recipe.run.dir):
+            asyncio.run(serve(recipe, deployment, arguments.port, arguments.mode))
+    except MarsError as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return error.exit_code
+    return 0
+
+
+@contextmanager
+def only_trainer(run_dir: Path) -> Iterator[None]:
+    """Hold the run's trainer lock: a file lock, so that it ends with the process and not with Redis.
+
+    Raises:
+        ConfigError: another trainer holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "trainer.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another trainer works on {run_dir}; stop it, or choose another run.dir") from error
+        yield
+
+
+async def serve(recipe: Recipe, deployment: Deployment, port: int, mode: str) -> None:
+    """Train, or evaluate, with the HTTP face beside it; SIGTERM and SIGINT end both."""
+    loop = asyncio.get_running_loop()
+    queue = trainer_queue(deployment.redis_url)
+    await queue.ping()
+    run = build_run(recipe, queue)
+    server = HttpServer(build_app(deployment, run.progress), bind(deployment.host, port))
+    await server.start()
+    work = run.evaluate_newest() if mode == "evaluate" else run.run()
+    training = asyncio.create_task(work, name="training")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, training.cancel)
+    try:
+        with suppress(asyncio.CancelledError):
+            await training
+            if mode == "linger":
+                await stopped(loop)
+    finally:
+        await server.stop()
+        await queue.close()
+
+
+async def stopped(loop: asyncio.AbstractEventLoop) -> None:
+    """Return on SIGTERM or SIGINT."""
+    event = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, event.set)
+    await event.wait()
+
+
+def build_run(recipe: Recipe, queue: Queue) -> TrainingRun:
+    """A run that goes on from its newest checkpoint, under an incarnation newer than all before."""
+    blobs = BlobStore(recipe.run.dir / "blobs")
+    weights = WeightsStore(recipe.run.dir / "weights")
+    checkpoints = CheckpointStore(recipe.run.dir / "checkpoints", keep=recipe.train.keep_checkpoints)
+    learner = Learner(recipe, blobs)
+    fingerprint = model_fingerprint(recipe.model.path)
+    newest = checkpoints.load_newest(run=recipe.run.name, model=fingerprint)
+    head = weights.head()
+    incarnation = 1 + max(newest.ledger.version.incarnation if newest else 0, head.version.incarnation if head else 0)
+    version = PolicyVersion(incarnation=incarnation, step=newest.ledger.version.step if newest else 0)
+    if newest is None:
+        ledger = Ledger(run=recipe.run.name, model=fingerprint, version=version, next_dispatch_index=0, consumed=())
+    else:
+        ledger = newest.ledger.model_copy(update={"version": version})
+        learner.restore(newest.model, newest.optimizer, version.step)
+        logger.info("going on from step %d as incarnation %d", version.step, incarnation)
+    bound = 4 * recipe.train.prompts_per_step + 256
+
+    def exchange(purpose: Purpose) -> Exchange:
+        return Exchange(queue, recipe.run.name, purpose, issuer=str(incarnation), bound=bound)
+
+    return TrainingRun(
+        recipe=recipe,
+        dataset=load_dataset(recipe.data.dataset),
+        learner=learner,
+        prompts=PromptMaker(recipe, blobs),
+        training=exchange(Purpose.TRAIN),
+        evaluation=exchange(Purpose.EVAL),
+        publisher=Publisher(recipe, weights),
+        checkpoints=checkpoints,
+        events=EventLog(recipe.run.dir / "events.jsonl"),
+        samples=SampleLog(recipe.run.dir / "groups.jsonl"),
+        ledger=ledger,
+        progress=Progress(
+            run=recipe.run.name,
+            steps=recipe.train.steps,
+            version=version,
+            next_dispatch_index=ledger.next_dispatch_index,
+            dead=list(ledger.dead),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The trainer's HTTP face: GET /v1/run says where the run is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import FastAPI
+from mars_shared.http import create_app
+from mars_shared.settings import Deployment
+from prometheus_client import Gauge
+
+from mars_trainer.loop import Progress
+
+STEP = Gauge("mars_step", "Optimizer steps done", ["run"])
+METRIC = Gauge("mars_train_metric", "Metrics of the last step by name", ["run", "name"])
+
+
+def build_app(deployment: Deployment, progress: Progress) -> FastAPI:
+    """The app; `progress` is read whenever it is asked."""
+    app = create_app("mars trainer", deployment, ready=lambda: None)
+
+    @app.get("/v1/run")
+    async def run() -> dict[str, Any]:
+        """Run, state, version, next dispatch index, last step's metrics, evaluations, versions by replica."""
+        return asdict(progress) | {"version": str(progress.version), "step": progress.version.step}
+
+    @app.middleware("http")
+    async def gauges(request: Any, call_next: Any) -> Any:
+        if request.url.path == "/metrics":
+            STEP.labels(progress.run).set(progress.version.step)
+            for name, value in progress.metrics.items():
+                METRIC.labels(progress.run, name).set(value)
+        return await call_next(request)
+
+    return app

@@ -1,0 +1,138 @@
+"""Checkpoints: the only truth about a run. Each is a folder step_N/ that is whole or refused.
+
+step_40/
+  model.safetensors        fp32 master weights
+  optimizer.safetensors    AdamW moments and step counts, by parameter name; RNG state
+  state.json               ledger: step, dispatch index, consumed groups, model fingerprint
+  hashes.json              size and blake3 of the other files, written last
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from mars_shared.contracts import Message, PolicyVersion, WeightFile
+from mars_shared.errors import CheckpointError, IntegrityError
+from mars_shared.files import fsync_path, write_atomic
+from mars_shared.weights import describe_file
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_HASHES = "hashes.json"
+_FILES = TypeAdapter(tuple[WeightFile, ...])
+
+
+class Ledger(Message):
+    """What a run has done: with the tensors beside it, all that a restart needs."""
+
+    run: str
+    model: str = Field(description="fingerprint of the model configuration")
+    version: PolicyVersion
+    next_dispatch_index: int = Field(ge=0)
+    consumed: tuple[tuple[int, ...], ...] = Field(description="dispatch indices trained on, step by step, in order")
+    dead: tuple[int, ...] = Field(default=(), description="dispatch indices that were dead-lettered")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name and the ledger."""
+
+    ledger: Ledger
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+class CheckpointStore:
+    """The checkpoints of one run, newest verified one first."""
+
+    def __init__(self, root: Path, *, keep: int) -> None:
+        self._root = root
+        self._keep = keep
+        root.mkdir(parents=True, exist_ok=True)
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write durably under step_N: staged, synced, then renamed. Older ones beyond `keep` go."""
+        staged = self._root / f".staged-{uuid4().hex}"
+        staged.mkdir()
+        save_file(checkpoint.model, staged / "model.safetensors")
+        save_file(checkpoint.optimizer, staged / "optimizer.safetensors")
+        (staged / "state.json").write_text(checkpoint.ledger.model_dump_json(), encoding="utf-8")
+        files = sorted(staged.iterdir())
+        for file in files:
+            fsync_path(file)
+        write_atomic(staged / _HASHES, _FILES.dump_json(tuple(describe_file(file) for file in files)))
+        target = self._root / f"step_{checkpoint.ledger.version.step}"
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(staged, target)
+        fsync_path(self._root)
+        for old in list(self._newest_first())[self._keep :]:
+            shutil.rmtree(old)
+        return target
+
+    def load_newest(self, *, run: str, model: str) -> Checkpoint | None:
+        """The newest checkpoint that verifies; damaged ones are named in the log and passed over.
+
+        Raises:
+            CheckpointError: a whole checkpoint belongs to another run or model.
+        """
+        for folder in self._newest_first():
+            try:
+                checkpoint = load_checkpoint(folder)
+            except IntegrityError as error:
+                logger.error("checkpoint refused, the one before it is tried: %s", error)
+                continue
+            _check_belongs(checkpoint.ledger, folder, run=run, model=model)
+            return checkpoint
+        return None
+
+    def _newest_first(self) -> Iterator[Path]:
+        folders = [path for path in self._root.glob("step_*") if path.name[5:].isdigit()]
+        return iter(sorted(folders, key=lambda path: int(path.name[5:]), reverse=True))
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint after checking every file's size and hash.
+
+    Raises:
+        IntegrityError: a file is missing, cut short or changed; the message names it.
+    """
+    try:
+        expected_files = _FILES.validate_json((folder / _HASHES).read_bytes())
+    except (FileNotFoundError, ValidationError) as error:
+        raise IntegrityError(f"{folder / _HASHES}: missing or unreadable; the checkpoint is incomplete") from error
+    for expected in expected_files:
+        path = folder / expected.name
+        if not path.is_file():
+            raise IntegrityError(f"{path}: missing")
+        if describe_file(path) != expected:
+            raise IntegrityError(f"{path}: its size or hash is not the recorded one ({expected.size_bytes} bytes)")
+    try:
+        ledger = Ledger.model_validate(json.loads((folder / "state.json").read_bytes()))
+    except ValidationError as error:
+        raise IntegrityError(f"{folder / 'state.json'}: not a ledger of schema 1 ({error.error_count()} errors)") from error
+    return Checkpoint(
+        ledger=ledger,
+        model=load_file(folder / "model.safetensors"),
+        optimizer=load_file(folder / "optimizer.safetensors"),
+    )
+
+
+def _check_belongs(ledger: Ledger, folder: Path, *, run: str, model: str) -> None:
+    if ledger.model != model:
+        raise CheckpointError(
+            f"{folder}: made for another model (configuration {ledger.model[:12]}, this run's is {model[:12]}); "
+            "use the model it was made with, or another run.dir"
+        )
+    if ledger.run != run:
+        raise CheckpointError(f"{folder}: belongs to run {ledger.run!r}, not {run!r}; choose another run.dir")

@@ -1,0 +1,181 @@
+"""The trainer's end of the queue: asks prompts, receives scored groups, misses nothing.
+
+What was asked and not yet answered is remembered here and not in Redis: whatever Redis loses
+is noticed by comparing both and asked again; a late second answer is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from mars_shared.contracts import Prompt, Purpose, ScoredGroup
+from mars_shared.errors import QueueUnavailableError
+from mars_shared.queue import Claim, DeadLetter, PutResult, Queue, Streams
+from pydantic import ValidationError
+
+logger = logging.getLogger(__name__)
+
+RECONCILE_S = 10.0
+LOOK_FOR_DEAD_S = 1.0
+RECONNECT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A scored group and the entry that still holds it in the stream."""
+
+    claim: Claim
+    scored: ScoredGroup
+
+
+@dataclass
+class Exchange:
+    """Asks for groups of one purpose on behalf of one issuer, e.g. a trainer's incarnation.
+
+    `bound` limits the entries of the prompts stream.
+    """
+
+    queue: Queue
+    run: str
+    purpose: Purpose
+    issuer: str
+    bound: int
+    _outstanding: dict[str, Prompt] = field(default_factory=dict)
+    _asked: dict[str, int] = field(default_factory=dict)
+    _seen_dead: set[str] = field(default_factory=set)
+
+    @property
+    def streams(self) -> Streams:
+        return Streams(self.run)
+
+    @property
+    def outstanding(self) -> int:
+        """Prompts asked and not answered."""
+        return len(self._outstanding)
+
+    async def start(self) -> None:
+        """Clear what a predecessor left of this purpose, and note the dead letters that are old."""
+        await self._until_connected(self._clear)
+
+    async def gather(
+        self, prompts: Iterable[Prompt], *, replace: Callable[[Prompt, DeadLetter], Prompt | None] = lambda prompt, letter: None
+    ) -> list[Answer]:
+        """Ask all prompts and wait until each is answered or dead; answers in dispatch order.
+
+        `replace` gets each dead prompt and returns another to ask, or None to do with one fewer.
+        """
+        waiting = deque(prompts)
+        answers: list[Answer] = []
+        next_dead_look = next_reconcile = 0.0
+        while waiting or self._outstanding:
+            try:
+                await self._ask(waiting)
+                answer = await self._receive(wait_s=0.2)
+                if answer is not None:
+                    answers.append(answer)
+                    continue
+                now = time.monotonic()
+                if now >= next_dead_look:
+                    waiting.extend(await self._bury(replace))
+                    next_dead_look = now + LOOK_FOR_DEAD_S
+                if now >= next_reconcile:
+                    await self._ask_lost_again()
+                    next_reconcile = now + RECONCILE_S
+            except QueueUnavailableError as error:
+                logger.warning("waiting for Redis: %s", error)
+                await asyncio.sleep(RECONNECT_S)
+                next_reconcile = 0.0
+        return sorted(answers, key=lambda answer: answer.scored.group.prompt.dispatch_index)
+
+    async def acknowledge(self, answers: Iterable[Answer]) -> None:
+        """Remove answered entries from the stream for good."""
+        claims = [answer.claim for answer in answers]
+        await self._until_connected(lambda: self.queue.acknowledge(claims))
+
+    async def _ask(self, waiting: deque[Prompt]) -> None:
+        while waiting:
+            prompt = waiting[0]
+            self._outstanding[prompt.task_id] = prompt
+            if await self._put(prompt) is PutResult.FULL:
+                del self._outstanding[prompt.task_id]
+                return
+            waiting.popleft()
+
+    async def _put(self, prompt: Prompt) -> PutResult:
+        return await self.queue.put(
+            self.streams.prompts, prompt.model_dump_json().encode(), dedupe_key=self._key(prompt), bound=self.bound
+        )
+
+    def _key(self, prompt: Prompt) -> str:
+        return f"{self.issuer}/{prompt.task_id}/{self._asked.get(prompt.task_id, 0)}"
+
+    async def _receive(self, *, wait_s: float) -> Answer | None:
+        stream = self.streams.scored(self.purpose)
+        claim = await self.queue.claim(stream, "trainer", wait_s=wait_s)
+        if claim is None:
+            return None
+        try:
+            scored = ScoredGroup.model_validate_json(claim.payload)
+        except ValidationError as error:
+            await self.queue.dead_letter(claim, "not a scored group of schema 1", str(error))
+            return None
+        if self._outstanding.pop(scored.group.group_id, None) is None:
+            logger.info("dropped a second answer to %s", scored.group.group_id)
+            await self.queue.acknowledge([claim])
+            return None
+        self._asked.pop(scored.group.group_id, None)
+        return Answer(claim, scored)
+
+    async def _bury(self, replace: Callable[[Prompt, DeadLetter], Prompt | None]) -> list[Prompt]:
+        replacements = []
+        for letter in await self.queue.dead(self.run):
+            if letter.entry_id in self._seen_dead:
+                continue
+            self._seen_dead.add(letter.entry_id)
+            issuer, task_id = letter.key.split("/")[:2]
+            prompt = self._outstanding.pop(task_id, None) if issuer == self.issuer else None
+            if prompt is not None:
+                logger.error("prompt %s (%s) is dead: %s", task_id, prompt.prompt_id, letter.reason)
+                replacement = replace(prompt, letter)
+                replacements += [replacement] if replacement is not None else []
+        return replacements
+
+    async def _ask_lost_again(self) -> None:
+        """Find outstanding prompts that are in no stream. Streams are read in the direction of the flow."""
+        present: set[str] = set()
+        for stream in (self.streams.prompts, self.streams.rollouts, self.streams.scored(self.purpose), self.streams.dead):
+            present.update((await self.queue.outstanding(stream)).values())
+        for task_id, prompt in list(self._outstanding.items()):
+            if self._key(prompt) not in present:
+                logger.warning("prompt %s is in no stream; it is asked again", task_id)
+                self._asked[task_id] = self._asked.get(task_id, 0) + 1
+                await self._put(prompt)
+
+    async def _clear(self) -> None:
+        streams = self.streams
+        await self.queue.ping()
+        await self.queue.purge(streams.scored(self.purpose))
+        if self.purpose is Purpose.TRAIN:
+            await self.queue.purge(streams.prompts)
+            await self.queue.purge(streams.rollouts)
+        self._seen_dead = {letter.entry_id for letter in await self.queue.dead(self.run)}
+
+    async def _until_connected(self, action: Callable[[], object]) -> None:
+        while True:
+            try:
+                await action()  # type: ignore[misc]
+                return
+            except QueueUnavailableError as error:
+                logger.warning("waiting for Redis: %s", error)
+                await asyncio.sleep(RECONNECT_S)
+
+
+def trainer_queue(url: str) -> Queue:
+    """The trainer is the sole consumer of scored groups and holds them until its checkpoint: no lease ends."""
+    return Queue(url, lease_s=math.inf)

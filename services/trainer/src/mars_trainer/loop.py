@@ -1,0 +1,190 @@
+"""The training loop: ask for a batch of groups, learn from them, publish, checkpoint, repeat.
+
+Reading order: `TrainingRun.run`, then `_step`. With max_staleness = 0 every group is made by
+the very policy that it trains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mars_shared.contracts import PolicyVersion, Prompt, WeightManifest
+from mars_shared.queue import DeadLetter
+from mars_shared.settings import Recipe
+from mars_shared.telemetry import EventLog
+
+from mars_trainer.checkpoint import Checkpoint, CheckpointStore, Ledger
+from mars_trainer.datasets.base import Dataset
+from mars_trainer.dispatch import PromptMaker, place_of
+from mars_trainer.evaluate import evaluate
+from mars_trainer.exchange import Answer, Exchange
+from mars_trainer.learner import Learner
+from mars_trainer.metrics import finite, rollout_metrics
+from mars_trainer.publish import Publisher
+from mars_trainer.samples import SampleLog
+from mars_trainer.timeline import stage_seconds
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run is; what GET /v1/run answers."""
+
+    run: str
+    steps: int
+    version: PolicyVersion
+    state: str = "starting"
+    next_dispatch_index: int = 0
+    dead: list[int] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    served: dict[str, str] = field(default_factory=dict)
+    """Policy version by replica, as its last group said."""
+
+
+@dataclass
+class TrainingRun:
+    """One incarnation of a run, from its newest checkpoint to its last step."""
+
+    recipe: Recipe
+    dataset: Dataset
+    learner: Learner
+    prompts: PromptMaker
+    training: Exchange
+    evaluation: Exchange
+    publisher: Publisher
+    checkpoints: CheckpointStore
+    events: EventLog
+    samples: SampleLog
+    ledger: Ledger
+    progress: Progress
+    _unacknowledged: list[Answer] = field(default_factory=list)
+
+    async def run(self) -> None:
+        """Train to the recipe's last step; evaluates at the start, at intervals and at the end."""
+        await self.training.start()
+        await self.evaluation.start()
+        await asyncio.to_thread(self._publish)
+        if self.version.step == 0:
+            await self._evaluate()
+            await asyncio.to_thread(self._checkpoint)
+        while self.version.step < self.recipe.train.steps:
+            await self._step()
+        self.progress.state = "finished"
+        self.events.write("finished", step=self.version.step, weights=self.learner.weights_hash())
+
+    async def evaluate_newest(self) -> None:
+        """Evaluate the newest checkpoint's policy, or the base model where there is none."""
+        await self.evaluation.start()
+        await asyncio.to_thread(self._publish)
+        await self._evaluate()
+        self.progress.state = "finished"
+
+    @property
+    def version(self) -> PolicyVersion:
+        """The policy being trained and served."""
+        return self.ledger.version
+
+    async def _step(self) -> None:
+        began = time.time()
+        self.progress.state = "collecting"
+        answers = await self.training.gather(self._next_prompts(), replace=self._replacement)
+        groups = [answer.scored for answer in answers]
+        self.progress.state = "training"
+        trained_from = time.time()
+        report = await asyncio.to_thread(self.learner.step, groups)
+        trained_to = time.time()
+        self._advance(answers)
+        await asyncio.to_thread(self._publish)
+        pushed = time.time()
+        metrics = finite(rollout_metrics(groups, report.advantages) | report.metrics)
+        window = (began, pushed)
+        seconds = stage_seconds(window, _intervals(answers, (trained_from, trained_to), (trained_to, pushed)))
+        self._report(metrics, seconds, window, answers)
+        last = self.version.step == self.recipe.train.steps
+        if last or self.version.step % self.recipe.train.checkpoint_every == 0:
+            await asyncio.to_thread(self._checkpoint)
+            await self.training.acknowledge(self._unacknowledged)
+            self._unacknowledged.clear()
+        if last or (self.recipe.eval.every and self.version.step % self.recipe.eval.every == 0):
+            await self._evaluate()
+
+    def _next_prompts(self) -> list[Prompt]:
+        return [self._next_prompt() for _ in range(self.recipe.train.prompts_per_step)]
+
+    def _next_prompt(self) -> Prompt:
+        index = self.progress.next_dispatch_index
+        self.progress.next_dispatch_index += 1
+        place = place_of(index, rows=len(self.dataset.train), seed=self.recipe.run.seed)
+        sample = self.dataset.train[place.row]
+        return self.prompts.training(sample, epoch=place.epoch, dispatch_index=index, version=self.version)
+
+    def _replacement(self, prompt: Prompt, letter: DeadLetter) -> Prompt:
+        self.progress.dead.append(prompt.dispatch_index)
+        self.events.write("dead", task_id=prompt.task_id, prompt_id=prompt.prompt_id, reason=letter.reason)
+        return self._next_prompt()
+
+    def _advance(self, answers: Sequence[Answer]) -> None:
+        consumed = tuple(answer.scored.group.prompt.dispatch_index for answer in answers)
+        self.ledger = self.ledger.model_copy(
+            update={
+                "version": PolicyVersion(incarnation=self.version.incarnation, step=self.version.step + 1),
+                "next_dispatch_index": self.progress.next_dispatch_index,
+                "consumed": (*self.ledger.consumed, consumed),
+                "dead": tuple(self.progress.dead),
+            }
+        )
+        self._unacknowledged.extend(answers)
+        self.progress.version = self.version
+
+    def _publish(self) -> WeightManifest:
+        return self.publisher.publish(self.learner.model, self.version)
+
+    def _checkpoint(self) -> None:
+        self.checkpoints.save(
+            Checkpoint(ledger=self.ledger, model=self.learner.model_tensors(), optimizer=self.learner.optimizer_tensors())
+        )
+
+    def _report(
+        self, metrics: dict[str, float], seconds: dict[str, float], window: tuple[float, float], answers: Sequence[Answer]
+    ) -> None:
+        self.progress.metrics = metrics
+        for answer in answers:
+            group = answer.scored.group
+            self.progress.served[group.replica] = str(group.policy_version)
+        self.events.write(
+            "step", step=self.version.step, steps=self.recipe.train.steps, metrics=metrics, seconds=seconds, window=window
+        )
+        self.samples.step(self.version.step, [answer.scored for answer in answers])
+
+    async def _evaluate(self) -> None:
+        self.progress.state = "evaluating"
+        held_out = self.dataset.test[: self.recipe.data.eval_samples]
+
+        def on_dead(reason: str) -> None:
+            self.events.write("dead", reason=reason)
+
+        began = time.time()
+        result, answers = await evaluate(self.evaluation, self.prompts, held_out, self.version, on_dead)
+        entry = {"step": self.version.step, **result.as_dict(), "seconds": time.time() - began}
+        self.progress.evaluations.append(entry)
+        self.events.write("evaluation", **entry)
+        self.samples.evaluation(self.version.step, [answer.scored for answer in answers])
+
+
+def _intervals(
+    answers: Sequence[Answer], training: tuple[float, float], push: tuple[float, float]
+) -> dict[str, list[tuple[float, float]]]:
+    generation, reward, pulls = [], [], [push]
+    for answer in answers:
+        group, scored = answer.scored.group, answer.scored
+        generation.append((group.started_at, group.started_at + group.generation_s))
+        reward.append((scored.scoring_started_at, scored.scoring_started_at + scored.reward_s))
+        pulls.append((group.started_at - group.pull_s, group.started_at))
+    return {"training": [training], "weight_push": pulls, "generation": generation, "reward": reward}

@@ -1,0 +1,79 @@
+"""What a step reports, from its scored groups and the learner's numbers. Names as in docs/metrics.md."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from mars_shared.contracts import FinishReason, Kind, ScoredGroup
+
+from mars_trainer.algorithm.advantages import GroupAdvantages
+
+
+def rollout_metrics(groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages]) -> dict[str, float]:
+    """Rewards, gains and lengths of a step's groups; a metric with nothing to average is left out."""
+    multi_rewards = [reward for scored in groups for reward in scored.rewards(Kind.MULTI)]
+    metrics = {
+        "reward": _mean(multi_rewards),
+        "reward_std": _mean(item.pool_std for item in advantages),
+        "no_signal_rate": _mean(item.pool_std == 0 for item in advantages),
+    }
+    for name in sorted({key for scored in groups for score in scored.scores for key in score.parts}):
+        metrics[f"reward/{name}"] = _mean(
+            score.parts[name]
+            for scored in groups
+            for completion, score in zip(scored.group.completions, scored.scores, strict=True)
+            if completion.kind is Kind.MULTI and name in score.parts
+        )
+    return metrics | _gains(groups, advantages) | _lengths(groups)
+
+
+def _gains(groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages]) -> dict[str, float]:
+    gains = [item.gain for item in advantages if item.gain is not None]
+    if not gains:
+        return {}
+    by_source: dict[str, list[float]] = {}
+    for item in advantages:
+        for name, gain in item.gain_by_source.items():
+            by_source.setdefault(name, []).append(gain)
+    return {
+        "gain": _mean(gains),
+        "promotion_rate": _mean(gain > 0 for gain in gains),
+        "conflict_rate": _mean(gain < 0 for gain in gains),
+        "multi_minus_union": _mean(_multi_minus_union(scored) for scored in groups),
+        **{f"gain/{name}": _mean(values) for name, values in sorted(by_source.items())},
+    }
+
+
+def _multi_minus_union(scored: ScoredGroup) -> float:
+    sources = [source.name for source in scored.group.prompt.sources]
+    best = max(_mean(scored.rewards(Kind.MONO, name)) for name in sources)
+    return _mean(scored.rewards(Kind.MULTI)) - best
+
+
+def _lengths(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    completions = [c for scored in groups for c in scored.group.completions if c.kind is Kind.MULTI]
+    lengths = [len(completion.token_ids) for completion in completions]
+    return {
+        "completions/mean_length": _mean(lengths),
+        "completions/median_length": float(statistics.median(lengths)),
+        "completions/clipped_ratio": _mean(c.finish_reason is FinishReason.LENGTH for c in completions),
+    }
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics as they are.
+
+    Raises:
+        ValueError: one is not finite; a NaN never reaches a log unseen.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"metric {name} is {value}; expected a finite number")
+    return dict(metrics)
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers)

@@ -1,0 +1,141 @@
+"""Pictures of a run: curves over steps, and groups with their images, answers and boxes."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from mars_shared.blobs import BlobStore
+from mars_shared.contracts import BoxesTruth, Completion, Kind, Score, ScoredGroup
+from mars_shared.images import open_image
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+_BOX = re.compile(r"\[\s*(-?\d{1,6}(?:\.\d{1,6})?(?:\s*,\s*-?\d{1,6}(?:\.\d{1,6})?){3})\s*\]")
+_MAX_PIXELS = 2**26
+_SMOOTHED_STEPS = 10
+
+
+def draw_curves(events: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Reward, gain and conflicts, held-out results and where the time went, over steps."""
+    steps = [event for event in events if event["event"] == "step"]
+    evaluations = [event for event in events if event["event"] == "evaluation"]
+    figure, ((reward, gain), (held_out, time)) = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
+    figure.suptitle(title)
+    _plot_metrics(reward, steps, {"reward": "multi-source reward"})
+    _plot_metrics(gain, steps, {"gain": "gain", "conflict_rate": "conflict rate", "promotion_rate": "promotion rate"})
+    gain.axhline(0, color="grey", linewidth=0.8)
+    _plot_evaluations(held_out, evaluations)
+    time.stackplot(
+        [step["step"] for step in steps],
+        [[step["seconds"][stage] for step in steps] for stage in steps[0]["seconds"]],
+        labels=[stage.replace("_", " ") for stage in steps[0]["seconds"]],
+    )
+    time.set_ylabel("seconds a step")
+    for axes in (reward, gain, held_out, time):
+        axes.set_xlabel("step")
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plot_metrics(axes: Axes, steps: Sequence[dict[str, Any]], names: dict[str, str]) -> None:
+    for name, label in names.items():
+        points = [(step["step"], step["metrics"][name]) for step in steps if name in step["metrics"]]
+        if points:
+            x, y = zip(*points, strict=True)
+            (line,) = axes.plot(x, y, alpha=0.25, linewidth=0.8)
+            axes.plot(x, _smooth(y), label=label, color=line.get_color())
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean of the last _SMOOTHED_STEPS values at each point."""
+    windows = [values[max(0, end - _SMOOTHED_STEPS) : end] for end in range(1, len(values) + 1)]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _plot_evaluations(axes: Axes, evaluations: Sequence[dict[str, Any]]) -> None:
+    x = [event["step"] for event in evaluations]
+    axes.plot(x, [event["multi"] for event in evaluations], "o-", label="Multi")
+    axes.plot(x, [event["union"] for event in evaluations], "s--", label="Union")
+    for name in evaluations[0]["mono"]:
+        axes.plot(x, [event["mono"][name] for event in evaluations], ".:", label=f"Mono {name}")
+    axes.set_ylabel("held-out")
+    axes.set_ylim(0, 1)
+
+
+def draw_groups(groups: Sequence[ScoredGroup], blobs: BlobStore, path: Path, *, title: str) -> None:
+    """One row a group: each source with the answers it led to; true boxes green, answered ones red."""
+    columns = max(len(scored.group.prompt.sources) for scored in groups) + 1
+    figure, grid = plt.subplots(
+        len(groups), columns, figsize=(3.2 * columns, 2.9 * len(groups)), squeeze=False, constrained_layout=True
+    )
+    figure.suptitle(f"{title}: true boxes green, answered boxes red")
+    for axes, scored in zip(grid, groups, strict=True):
+        _draw_group(axes, scored, blobs)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _draw_group(axes: Sequence[Axes], scored: ScoredGroup, blobs: BlobStore) -> None:
+    prompt = scored.group.prompt
+    for axis in axes:
+        axis.axis("off")
+    for axis, source in zip(axes, prompt.sources, strict=False):
+        image = open_image(blobs.get(source.blob), what=f"{prompt.prompt_id}, {source.name}", max_pixels=_MAX_PIXELS)
+        axis.imshow(image)
+        answers = _answers(scored, Kind.MONO, source.name)
+        axis.set_title(_caption(source.name, answers), fontsize=7)
+        _draw_boxes(axis, scored, answers[:1])
+    last = axes[len(prompt.sources)]
+    image = open_image(blobs.get(prompt.sources[0].blob), what=prompt.prompt_id, max_pixels=_MAX_PIXELS)
+    last.imshow(image, alpha=0.35)
+    answers = _answers(scored, Kind.MULTI, None)
+    last.set_title(_caption("all sources", answers) + f"\n{_truth(scored)}", fontsize=7)
+    _draw_boxes(last, scored, answers[:1])
+
+
+def _answers(scored: ScoredGroup, kind: Kind, source: str | None) -> list[tuple[Completion, Score]]:
+    pairs = zip(scored.group.completions, scored.scores, strict=True)
+    return [(completion, score) for completion, score in pairs if completion.kind is kind and completion.source == source]
+
+
+def _caption(name: str, answers: Sequence[tuple[Completion, Score]]) -> str:
+    lines = [name]
+    for completion, score in answers[:2]:
+        text = textwrap.shorten(completion.text.replace("$", r"\$"), 120, placeholder="...")
+        lines += textwrap.wrap(f"{score.reward:.2f}: {text}", 52)
+    return "\n".join(lines)
+
+
+def _truth(scored: ScoredGroup) -> str:
+    truth = scored.group.prompt.truth
+    return f"truth: {truth.text}" if truth is not None and truth.kind == "text" else "truth: green boxes"
+
+
+def _draw_boxes(axis: Axes, scored: ScoredGroup, answers: Sequence[tuple[Completion, Score]]) -> None:
+    truth = scored.group.prompt.truth
+    if not isinstance(truth, BoxesTruth):
+        return
+    for box in truth.boxes:
+        _rectangle(axis, box, "lime")
+    for completion, _ in answers:
+        frame = scored.group.view_of(completion.source).frame
+        across, down = truth.width_px / frame.width, truth.height_px / frame.height
+        for match in _BOX.finditer(completion.text):
+            x1, y1, x2, y2 = json.loads(f"[{match[1]}]")
+            _rectangle(axis, (x1 * across, y1 * down, x2 * across, y2 * down), "red")
+
+
+def _rectangle(axis: Axes, box: Sequence[float], colour: str) -> None:
+    x1, y1, x2, y2 = box
+    axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.2))

@@ -1,0 +1,52 @@
+"""Publishes the policy's weights as an immutable snapshot that replicas pull."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from mars_shared.contracts import PolicyVersion, WeightManifest
+from mars_shared.settings import Recipe
+from mars_shared.weights import WeightsStore
+from safetensors.torch import save_file
+from torch import nn
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hash of the model's configuration: which architecture weights fit."""
+    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+
+
+def policy_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The model's parameters by Hugging Face name, tied ones once, contiguous, on the CPU."""
+    return {
+        name: parameter.detach().to(device="cpu", dtype=dtype).contiguous()
+        for name, parameter in model.named_parameters(remove_duplicate=True)
+    }
+
+
+class Publisher:
+    """Writes versions into the weights store of one run."""
+
+    def __init__(self, recipe: Recipe, store: WeightsStore) -> None:
+        self._recipe = recipe
+        self._store = store
+        self._fingerprint = model_fingerprint(recipe.model.path)
+
+    def publish(self, model: nn.Module, version: PolicyVersion) -> WeightManifest:
+        """Write, fsync and announce a version, then remove the oldest ones."""
+        staged = self._store.stage()
+        dtype = getattr(torch, self._recipe.model.dtype)
+        save_file(policy_tensors(model, dtype), staged / WEIGHTS_FILE, metadata={"format": "pt"})
+        manifest = self._store.publish(
+            staged,
+            run=self._recipe.run.name,
+            version=version,
+            model=self._fingerprint,
+            dtype=self._recipe.model.dtype,
+        )
+        self._store.prune(self._recipe.train.keep_snapshots)
+        return manifest

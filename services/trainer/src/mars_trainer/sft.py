@@ -1,0 +1,180 @@
+"""The warm start: teach a tiny random policy to answer in format, with much room left.
+
+Mostly it imitates right answers to single sources of any clarity (both mono-source views).
+To pairs it sees answers of mixed worth: the source that the thought names is drawn at random
+and part of the answers belong to other samples. So it reads single sources fairly, answers
+pairs in format, and has yet to learn which source to trust.
+
+    python -m mars_trainer.sft --out models/tiny --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from mars_shared.contracts import BoxesTruth, Truth, View
+from mars_shared.images import open_image
+from mars_shared.messages import build_messages, images_shown
+from mars_shared.settings import DatasetName
+from torch import Tensor
+from transformers import AutoProcessor
+
+from mars_trainer.batching import EncodedGroup, EncodedPrompt, expand_placeholders, make_microbatches, pixels
+from mars_trainer.datasets import Dataset, Sample, load_dataset
+from mars_trainer.datasets.base import PAIR
+from mars_trainer.model import Policy, completion_logprobs, layout_of
+from mars_trainer.tiny import save_policy, write_tiny
+
+EOS = "<|im_end|>"
+PATCH_PX = 14
+MAX_IMAGE_PIXELS = 1 << 20
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """What a warm start depends on, besides package versions and CPU type.
+
+    Attributes:
+        out: folder of the model; made if it doesn't exist, files in it replaced.
+        samples: demonstrations a step, by dataset.
+        mono_share: share of single-source demonstrations.
+        right_share: share of right answers among demonstrations on pairs.
+        snapshot_every: steps between whole model folders beside `out` (named out-STEP); 0: none.
+    """
+
+    out: Path
+    seed: int = 0
+    steps: int = 1000
+    samples: tuple[tuple[DatasetName, int], ...] = ((DatasetName.DIGITS, 32), (DatasetName.SCENE, 16))
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    mono_share: float = 0.85
+    right_share: float = 0.6
+    threads: int = 1
+    snapshot_every: int = 0
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A question in one view (`only` None: all sources), what to think of and what to answer."""
+
+    sample: Sample
+    source_names: tuple[str, ...]
+    only: str | None
+    view: View
+    thought: str
+    truth: Truth
+
+
+def sft(config: SftConfig, report: Callable[[str], None] = print) -> Path:
+    """Write a tiny policy, train it, and return its folder; progress lines go to `report`."""
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True)
+    model = write_tiny(config.out, config.seed)
+    processor = AutoProcessor.from_pretrained(config.out, local_files_only=True)
+    policy = Policy(model, processor, layout_of(model, processor))
+    datasets = [(load_dataset(name), count) for name, count in config.samples]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    rng = np.random.default_rng(config.seed)
+    started = time.monotonic()
+    for step in range(1, config.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(step, config)
+        losses = {dataset.name: _loss(policy, dataset, count, config, rng) for dataset, count in datasets}
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 25 == 0 or step == config.steps:
+            values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+            report(f"warm start: step {step} of {config.steps}, loss {values}, {time.monotonic() - started:.0f} s")
+        if config.snapshot_every and step % config.snapshot_every == 0:
+            write_tiny(config.out.with_name(f"{config.out.name}-{step}"), config.seed)
+            save_policy(model, config.out.with_name(f"{config.out.name}-{step}"))
+    save_policy(model, config.out)
+    return config.out
+
+
+def _schedule(step: int, config: SftConfig) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return min(1.0, step / config.warmup_steps) * (0.05 + 0.95 * cosine)
+
+
+def _loss(policy: Policy, dataset: Dataset, count: int, config: SftConfig, rng: np.random.Generator) -> Tensor:
+    """Mean cross-entropy of the tokens of `count` demonstrations."""
+    groups = [encode(demo, policy) for demo in demonstrate(dataset, count, config, rng)]
+    tokens = sum(len(group.completions[0]) for group in groups)
+    batches = make_microbatches(groups, policy.layout, tokens_per_microbatch=1 << 20)
+    total = sum(completion_logprobs(policy.model, batch, 1.0, chunk_tokens=4096).sum() for batch in batches)
+    return -torch.as_tensor(total) / tokens
+
+
+def demonstrate(dataset: Dataset, count: int, config: SftConfig, rng: np.random.Generator) -> list[Demonstration]:
+    """`count` demonstrations, single sources and pairs mixed as the configuration says."""
+    demos: list[Demonstration] = []
+    for _ in range(count):
+        if rng.random() < config.mono_share:
+            sample = dataset.warmup[int(rng.integers(len(dataset.warmup)))]
+            (name,) = sample.images
+            view = View.SINGLE if rng.random() < 0.5 else View.REPEAT
+            demos.append(Demonstration(sample, PAIR, name, view, name, sample.truth))
+        else:
+            sample = dataset.train[int(rng.integers(len(dataset.train)))]
+            right = not demos or rng.random() < config.right_share
+            truth = sample.truth if right else demos[int(rng.integers(len(demos)))].sample.truth
+            demos.append(Demonstration(sample, PAIR, None, View.SINGLE, str(rng.choice([*PAIR, "both"])), truth))
+    return demos
+
+
+def encode(demo: Demonstration, policy: Policy) -> EncodedGroup:
+    """A demonstration as a group of one completion, rendered as a replica renders a prompt."""
+    shown = images_shown(demo.source_names, only=demo.only, view=demo.view)
+    images = [open_image(demo.sample.images[name], what=demo.sample.prompt_id, max_pixels=MAX_IMAGE_PIXELS) for name in shown]
+    pixel_values, grid_thw = pixels(policy.processor, images)
+    messages = build_messages(demo.sample.question, demo.source_names, only=demo.only, view=demo.view)
+    text = policy.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt_ids = policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    token_ids = expand_placeholders(prompt_ids, grid_thw, policy.layout)
+    answer = answer_text(demo.thought, demo.truth, frame=(int(grid_thw[0, 2]) * PATCH_PX, int(grid_thw[0, 1]) * PATCH_PX))
+    answer_ids = policy.processor.tokenizer(answer + EOS, add_special_tokens=False)["input_ids"]
+    return EncodedGroup(EncodedPrompt(demo.sample.prompt_id, token_ids, pixel_values, grid_thw), (tuple(answer_ids),))
+
+
+def answer_text(thought: str, truth: Truth, frame: tuple[int, int]) -> str:
+    """The completion to imitate; boxes in whole pixels of the resized image (width, height).
+
+    Example:
+        "<think>visible is clear</think><answer>7</answer>"
+    """
+    if isinstance(truth, BoxesTruth):
+        answer = f"```json\n{json.dumps(_boxes_in_frame(truth, frame))}\n```"
+    else:
+        answer = truth.text
+    return f"<think>{thought} is clear</think><answer>{answer}</answer>"
+
+
+def _boxes_in_frame(truth: BoxesTruth, frame: tuple[int, int]) -> Sequence[dict[str, list[int]]]:
+    across, down = frame[0] / truth.width_px, frame[1] / truth.height_px
+    return [{"bbox_2d": [round(x1 * across), round(y1 * down), round(x2 * across), round(y2 * down)]} for x1, y1, x2, y2 in truth.boxes]
+
+
+def main() -> None:
+    """The command line; every option has SftConfig's default."""
+    parser = argparse.ArgumentParser(prog="mars_trainer.sft", description="Warm-start a tiny policy.")
+    parser.add_argument("--out", type=Path, required=True)
+    for name, kind in (("seed", int), ("steps", int), ("threads", int), ("snapshot-every", int), ("learning-rate", float)):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(SftConfig, name.replace("-", "_")))
+    sft(SftConfig(**vars(parser.parse_args())), report=lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Contracts, queue, blobs, weights and command line that the services share."""

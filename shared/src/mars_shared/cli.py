@@ -1,0 +1,242 @@
+"""The command line `mars`. It starts services as processes and asks them over HTTP; it never imports them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mars_shared.client import get_json, request_rollouts
+from mars_shared.cpu import WorkMeter
+from mars_shared.errors import ConfigError, MarsError
+from mars_shared.progress import EventTail, RunDisplay
+from mars_shared.settings import Recipe, load_deployment, load_recipe
+from mars_shared.stack import TRAINER, Ports, StackState, TrainerMode, read_state, running_stack
+from mars_shared.telemetry import EventLog
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+errors = Console(stderr=True)
+
+POLL_S = 0.2
+DEMO_DIR = "runs/demo"
+
+RecipePath = Annotated[Path, typer.Argument(help="TOML recipe, e.g. recipes/digits.toml", metavar="RECIPE")]
+BasePort = Annotated[int, typer.Option("--port", help="first port: replicas from here, reward +100, trainer +200")]
+
+
+def main() -> None:
+    """Entry point: one line per error, exit code by its class."""
+    try:
+        app()
+    except MarsError as error:
+        errors.print(f"mars: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def up(recipe_path: RecipePath, port: BasePort = 8100) -> None:
+    """Start Valkey, reward, replicas and trainer; serve until Ctrl-C, also after the last step."""
+    recipe = load_recipe(recipe_path)
+    _run(recipe_path, recipe, port, trainer="linger")
+
+
+@app.command()
+def train(recipe_path: RecipePath, port: BasePort = 8100) -> None:
+    """Start everything, train to the recipe's last step, end everything."""
+    recipe = load_recipe(recipe_path)
+    _run(recipe_path, recipe, port, trainer="once")
+
+
+@app.command()
+def demo(
+    data: Annotated[str, typer.Option(help="digits or scene")] = "digits",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    port: BasePort = 8100,
+) -> None:
+    """Train the tiny policy on data that needs no download, and report before and after."""
+    recipe_path = Path("recipes") / f"{data}.toml"
+    if not recipe_path.is_file():
+        known = sorted(path.stem for path in Path("recipes").glob("*.toml"))
+        raise ConfigError(f"no recipe {recipe_path}; expected to be run in the project's folder, with --data one of {known}")
+    os.environ["MARS_RUN__SEED"] = str(seed)
+    os.environ["MARS_RUN__DIR"] = DEMO_DIR
+    recipe = load_recipe(recipe_path)
+    if recipe.run.dir.exists():
+        if read_state(recipe.run.dir) is not None:
+            raise ConfigError(f"a demo runs in {recipe.run.dir} already; stop it first")
+        shutil.rmtree(recipe.run.dir)
+    _run(recipe_path, recipe, port, trainer="once")
+    _module("mars_trainer.report", "--recipe", str(recipe_path))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def sft(context: typer.Context) -> None:
+    """Warm-start a tiny policy: mars sft --out FOLDER [--seed N] [--steps N] (python -m mars_trainer.sft --help lists all)."""
+    _module("mars_trainer.sft", *context.args)
+
+
+@app.command(name="eval")
+def evaluate(
+    recipe_path: RecipePath,
+    port: BasePort = 8100,
+) -> None:
+    """Evaluate a run's newest policy (or its start, if it has none): Multi, Mono per source, Union."""
+    recipe = load_recipe(recipe_path)
+    _run(recipe_path, recipe, port, trainer="evaluate")
+
+
+@app.command()
+def rollout(
+    question: Annotated[str, typer.Argument(help="what to ask about the images")],
+    image: Annotated[list[str], typer.Option("--image", help="NAME=FILE, once per source, in order")],
+    truth: Annotated[str | None, typer.Option(help="the right answer: text, or boxes as [[x1, y1, x2, y2], ...]")] = None,
+    num_generations: Annotated[int | None, typer.Option("--num-generations", "-g", help="multi-source completions")] = None,
+    num_mono: Annotated[int | None, typer.Option("--num-mono", "-m", help="mono-source completions of each source")] = None,
+    temperature: Annotated[float | None, typer.Option(help="sampling temperature")] = None,
+    seed: Annotated[int | None, typer.Option(help="for the same completions again")] = None,
+    url: Annotated[str | None, typer.Option(help="a rollout replica; default: of the stack that runs here")] = None,
+) -> None:
+    """Ask the policy about image files, with all sources and with each alone."""
+    options = {"num_generations": num_generations, "num_mono": num_mono, "temperature": temperature, "seed": seed}
+    answer = request_rollouts(
+        url or _running_rollout_url(),
+        load_deployment(),
+        question=question,
+        images=[_named_image(item) for item in image],
+        truth=truth,
+        options=options,
+    )
+    _print_rollouts(answer)
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path | None, typer.Argument(help="a run folder; default: every folder in runs/")] = None,
+) -> None:
+    """Show what runs, and where each run is."""
+    folders = [run_dir] if run_dir else sorted(Path("runs").glob("*"))
+    stacks = [(folder, state) for folder in folders if (state := read_state(folder))]
+    if not stacks:
+        console.print("nothing runs" + (f" in {run_dir}" if run_dir else " in runs/*"))
+        raise typer.Exit(1)
+    for folder, state in stacks:
+        _print_status(folder, state)
+
+
+def _run(recipe_path: Path, recipe: Recipe, port: int, *, trainer: TrainerMode) -> None:
+    """Run a stack until its trainer has finished, which a lingering one never does."""
+    display, meter = RunDisplay(console), WorkMeter()
+    tail = EventTail(recipe.run.dir / "events.jsonl", from_end=True)
+    display.say(f"starting {recipe.run.name}: {recipe.rollout.replicas} rollout replica(s), logs in {recipe.run.dir}/logs")
+    with _interruptible(), running_stack(recipe_path, recipe, ports=Ports(port), trainer=trainer, say=display.say) as supervisor:
+        try:
+            done = False
+            while not done:
+                supervisor.poll()
+                done = supervisor.finished(TRAINER)
+                for event in tail.new():
+                    display.show(event)
+                    meter.see(event, supervisor.pids().values())
+                time.sleep(POLL_S)
+        finally:
+            display.close()
+    if meter.result is not None:
+        EventLog(recipe.run.dir / "events.jsonl").write("work", **meter.result)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the stack as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _module(name: str, *arguments: str) -> None:
+    code = subprocess.run([sys.executable, "-m", name, *arguments]).returncode
+    if code != 0:
+        raise typer.Exit(code)
+
+
+def _named_image(item: str) -> tuple[str, Path]:
+    name, separator, path = item.partition("=")
+    if not separator or not name or not path:
+        raise ConfigError(f"--image {item!r}: expected NAME=FILE, e.g. visible=a.png")
+    return name, Path(path)
+
+
+def _running_rollout_url() -> str:
+    for folder in sorted(Path("runs").glob("*")):
+        state = read_state(folder)
+        if state is not None:
+            return state.url(state.rollout_ports[0])
+    raise ConfigError("no stack runs in runs/*; start one with `mars up RECIPE`, or name a replica with --url")
+
+
+def _print_rollouts(answer: dict[str, Any]) -> None:
+    group, scores = answer["group"], answer["scores"]
+    scored = scores is not None
+    table = Table(title=f"policy {answer['group']['policy_version']['step']}" if group.get("policy_version") else None)
+    for column in ("kind", "source", "completion", *(("reward", "parts") if scored else ())):
+        table.add_column(column)
+    for index, completion in enumerate(group["completions"]):
+        row = [completion["kind"], completion["source"] or "all", completion["text"]]
+        if scored:
+            parts = "  ".join(f"{name} {value:.2f}" for name, value in scores[index]["parts"].items())
+            row += [f"{scores[index]['reward']:.3f}", parts]
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    console.print(table)
+    if answer.get("gain") is not None:
+        console.print(f"gain (mean multi-source minus mean mono-source reward): {answer['gain']:+.3f}")
+
+
+def _print_status(folder: Path, state: StackState) -> None:
+    deployment = load_deployment()
+    table = Table(title=f"{state.run} in {folder} (supervisor {state.supervisor_pid})")
+    for column in ("service", "address", "state"):
+        table.add_column(column)
+    for index, port in enumerate(state.rollout_ports):
+        url = state.url(port)
+        table.add_row(f"rollout-{index}", url, _say(f"{url}/v1/version", deployment, _version_text))
+    url = state.url(state.reward_port)
+    table.add_row("reward", url, _say(f"{url}/readyz", deployment, lambda answer: str(answer["status"])))
+    url = state.url(state.trainer_port)
+    table.add_row("trainer", url, _say(f"{url}/v1/run", deployment, _run_text))
+    console.print(table)
+
+
+def _say(url: str, deployment: Any, text: Callable[[dict[str, Any]], str]) -> str:
+    try:
+        return text(get_json(url, deployment))
+    except MarsError as error:
+        return str(error)
+
+
+def _version_text(answer: dict[str, Any]) -> str:
+    return f"serves policy {answer['policy_version']}"
+
+
+def _run_text(answer: dict[str, Any]) -> str:
+    return f"{answer['state']}, step {answer['step']}/{answer['steps']}, policy {answer['version']}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""One exception hierarchy. Every message says what was expected, what came, which item, what to do.
+
+MarsError
+├── ConfigError          a recipe, an environment variable or a command line is wrong      exit 2
+├── InputError           an item (prompt, image, completion, row) is wrong                 HTTP 422
+│   ├── ImageError       an image cannot be used: unreadable, too large, too small
+│   ├── TooLongError     a prompt does not fit the model's context
+│   ├── MediaTypeError   an upload's type is not an image type we read                         HTTP 415
+│   ├── TooLargeError    a request body or an image is over its limit                          HTTP 413
+│   └── BlobMissingError no bytes under that hash                                              HTTP 404
+├── NotReadyError        the service cannot serve yet, or no more                          HTTP 503
+├── IntegrityError       bytes do not match their hash: a snapshot, a blob, a checkpoint
+├── CheckpointError      a checkpoint cannot be used: of another model, incomplete
+└── QueueError           Redis cannot be used
+    ├── QueueUnavailableError   it does not answer                                         HTTP 503
+    └── LeaseLostError          the claimed item now belongs to another consumer
+"""
+
+from __future__ import annotations
+
+
+class MarsError(Exception):
+    """Base of all errors that mars raises on purpose."""
+
+    http_status = 500
+    exit_code = 1
+
+
+class ConfigError(MarsError):
+    """A recipe, an environment variable or a command line is wrong."""
+
+    http_status = 400
+    exit_code = 2
+
+
+class InputError(MarsError):
+    """An item is wrong; other items are not affected."""
+
+    http_status = 422
+    exit_code = 3
+
+
+class ImageError(InputError):
+    """An image cannot be used."""
+
+
+class TooLongError(InputError):
+    """A prompt with its completion does not fit the model's context."""
+
+
+class MediaTypeError(InputError):
+    """An upload's media type is not one of the image types we read."""
+
+    http_status = 415
+
+
+class TooLargeError(InputError):
+    """A request body or an image is over its limit."""
+
+    http_status = 413
+
+
+class BlobMissingError(InputError):
+    """No bytes are stored under that hash."""
+
+    http_status = 404
+
+
+class NotReadyError(MarsError):
+    """The service cannot serve yet, or no more."""
+
+    http_status = 503
+
+
+class IntegrityError(MarsError):
+    """Bytes do not match the hash that names them."""
+
+
+class CheckpointError(MarsError):
+    """A checkpoint cannot be used."""
+
+
+class QueueError(MarsError):
+    """Redis cannot be used."""
+
+
+class QueueUnavailableError(QueueError):
+    """Redis does not answer."""
+
+    http_status = 503
+
+
+class LeaseLostError(QueueError):
+    """The claimed item belongs to another consumer by now."""

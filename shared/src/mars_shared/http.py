@@ -1,0 +1,248 @@
+"""What every HTTP service has: the API-key guard, limits, errors to status codes, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from mars_shared.errors import ConfigError, MarsError, NotReadyError
+from mars_shared.settings import Deployment
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address reaches this machine alone."""
+    name = host.strip("[]")
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def check_bind(deployment: Deployment) -> None:
+    """Refuse to serve beyond loopback without a key.
+
+    Raises:
+        ConfigError: MARS_HOST is not loopback and MARS_API_KEY is unset.
+    """
+    if deployment.api_key is None and not is_loopback(deployment.host):
+        raise ConfigError(
+            f"MARS_HOST={deployment.host} would serve beyond this machine without a key; set MARS_API_KEY or bind to 127.0.0.1"
+        )
+
+
+class Guard:
+    """ASGI middleware: API key on every route but OPEN_PATHS, and a limit on request bodies.
+
+    Without a key (loopback only) the Host header must name loopback, so that a web page that
+    a browser on this machine shows cannot reach the service through a name of its own.
+    """
+
+    def __init__(self, app: AsgiApp, deployment: Deployment) -> None:
+        self._app = app
+        self._key = deployment.api_key.get_secret_value() if deployment.api_key else None
+        self._max_body_bytes = deployment.max_body_mib * 2**20
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            await _refuse_websocket(receive, send)
+
+    async def _http(self, scope: Message, receive: Receive, send: Send) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is None:
+            await self._app(scope, self._limited(receive), send)
+        else:
+            await _respond(send, *refusal)
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        if path not in OPEN_PATHS:
+            if self._key is None:
+                host = headers.get(b"host", b"").decode("latin-1")
+                if not is_loopback(_without_port(host)):
+                    return 403, f"host {host!r} is not loopback and no API key is set; set MARS_API_KEY to serve other hosts"
+            elif not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self._key}".encode()):
+                return 401, "expected the header 'Authorization: Bearer <MARS_API_KEY>'"
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit():
+            return 400, "Content-Length is not a number"
+        if int(length) > self._max_body_bytes:
+            return 413, f"request body has {int(length)} bytes; expected at most {self._max_body_bytes}"
+        return None
+
+    def _limited(self, receive: Receive) -> Receive:
+        seen_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal seen_bytes
+            message = await receive()
+            seen_bytes += len(message.get("body", b""))
+            if seen_bytes > self._max_body_bytes:
+                logger.warning("cut off a request body without Content-Length after %d bytes", self._max_body_bytes)
+                return {"type": "http.disconnect"}
+            return message
+
+        return limited
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host.split("]")[0] + "]"
+    return host.rsplit(":", 1)[0]
+
+
+async def _respond(send: Send, status: int, message: str) -> None:
+    body = json.dumps(error_body("refused", message)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _refuse_websocket(receive: Receive, send: Send) -> None:
+    await receive()
+    await send({"type": "websocket.close", "code": 1008})
+
+
+def error_body(kind: str, message: str) -> dict[str, Any]:
+    """The one shape of every error answer."""
+    return {"error": {"type": kind, "message": message}}
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Errors become status codes here and nowhere else."""
+
+    async def on_mars_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, MarsError)
+        return JSONResponse(error_body(type(error).__name__, str(error)), status_code=error.http_status)
+
+    async def on_invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return JSONResponse(error_body("InputError", explain_validation(error.errors())), status_code=422)
+
+    app.add_exception_handler(MarsError, on_mars_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+
+
+def explain_validation(errors: Any) -> str:
+    """Pydantic's errors in one line each: where, what, and what came."""
+    parts = []
+    for item in errors:
+        where = ".".join(str(part) for part in item["loc"])
+        came = repr(item.get("input"))
+        parts.append(f"{where}: {item['msg']} (got {came if len(came) <= 80 else came[:77] + '...'})")
+    return "; ".join(parts)
+
+
+def add_health(app: FastAPI, ready: Callable[[], str | None]) -> None:
+    """Add /healthz, /readyz and /metrics. `ready` returns None, or why the service is not ready."""
+
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz", include_in_schema=False)
+    async def readyz() -> dict[str, str]:
+        reason = ready()
+        if reason is not None:
+            raise NotReadyError(reason)
+        return {"status": "ready"}
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+def create_app(title: str, deployment: Deployment, *, ready: Callable[[], str | None]) -> FastAPI:
+    """A FastAPI app with the guard, the error handlers, health and metrics.
+
+    Args:
+        ready: returns None when the service can serve, else the reason why not.
+
+    Raises:
+        ConfigError: it would serve beyond loopback without a key.
+    """
+    check_bind(deployment)
+    app = FastAPI(title=title)
+    app.add_middleware(Guard, deployment=deployment)
+    install_error_handlers(app)
+    add_health(app, ready)
+    return app
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the port is taken or the address is not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(512)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); free the port or choose another") from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves signals to the service, which knows what to finish first."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class HttpServer:
+    """Serves an ASGI app on a bound socket in the running event loop."""
+
+    def __init__(self, app: Any, listener: socket.socket) -> None:
+        self._listener = listener
+        self._server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Return once requests are answered."""
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http")
+        while not self._server.started:
+            if self._task.done():
+                self._task.result()
+                raise NotReadyError("the HTTP server ended while it started; its log line above says why")
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        """Answer what was asked, then close."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task

@@ -1,0 +1,171 @@
+"""The queue's Lua scripts: each is one atomic step on the server.
+
+Every stream has one consumer group, and beside it a hash "<stream>:errors" that counts reported
+errors by entry id. An entry is (payload, key); `key` is the dedupe key it was first put under and
+travels along when a result is forwarded.
+
+A claim is fenced: XPENDING's (consumer, times_delivered) must equal the claim's (consumer,
+attempt). Whoever lost an entry to another consumer, or to a later attempt of its own name, fails
+this test and changes nothing.
+"""
+
+GROUP = "mars"
+RETURNED = "(returned)"
+"""Holds entries that were handed back; no consumer may bear this name."""
+
+_COMMON = f"""
+local GROUP, RETURNED = '{GROUP}', '{RETURNED}'
+
+local function create_group(stream)
+  return redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+end
+
+-- Rows {{id, consumer, idle_ms, times_delivered}}; nil if stream or group don't exist.
+local function pending(...)
+  local rows = redis.pcall('XPENDING', ...)
+  if not rows.err then return rows end
+  if string.find(rows.err, 'NOGROUP') then return nil end
+  error(rows.err, 0)
+end
+
+local function owned(stream, id, consumer, attempt)
+  local rows = pending(stream, GROUP, id, id, 1)
+  return rows and rows[1] and rows[1][2] == consumer and rows[1][4] == tonumber(attempt)
+end
+
+-- Creating the group with the stream means that a full server, which refuses to create
+-- anything, can still be drained by consumers that come later.
+local function append(stream, payload, key)
+  if redis.call('EXISTS', stream) == 0 then create_group(stream) end
+  redis.call('XADD', stream, '*', 'payload', payload, 'key', key)
+end
+
+local function remove(stream, errors, id)
+  redis.call('XACK', stream, GROUP, id)
+  redis.call('HDEL', errors, id)
+  return redis.call('XDEL', stream, id)
+end
+
+local function read(stream, id)
+  local entry = redis.call('XRANGE', stream, id, id)[1]
+  if entry then return entry[2][2], entry[2][4] end
+  return '', ''
+end
+
+local function claimed(entry, attempt, errors)
+  local count = redis.call('HGET', errors, entry[1]) or '0'
+  return {{entry[1], entry[2][2], attempt, tonumber(count)}}
+end
+
+-- Begins the next attempt at an entry that was delivered before. An entry whose message was
+-- deleted has nothing to be attempted and leaves the pending list.
+local function take_over(stream, errors, row, consumer, min_idle_ms)
+  local entry = redis.call('XCLAIM', stream, GROUP, consumer, min_idle_ms, row[1])[1]
+  if entry then return claimed(entry, row[4] + 1, errors) end
+  redis.call('XACK', stream, GROUP, row[1])
+end
+"""
+
+PUT = (
+    _COMMON
+    + """
+-- KEYS stream, dedupe; ARGV payload, key, bound, dedupe_s. The bound comes first: a refused item
+-- must leave no trace, or its next put would be taken for a duplicate.
+if redis.call('EXISTS', KEYS[2]) == 1 then return 'duplicate' end
+if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[3]) then return 'full' end
+redis.call('SET', KEYS[2], '1', 'EX', ARGV[4])
+append(KEYS[1], ARGV[1], ARGV[2])
+return 'put'
+"""
+)
+
+CLAIM = (
+    _COMMON
+    + """
+-- KEYS stream, errors; ARGV consumer, lease_ms. Oldest abandoned entry first, else the next new one.
+while true do
+  local rows = pending(KEYS[1], GROUP, 'IDLE', ARGV[2], '-', '+', 1)
+  if not rows then create_group(KEYS[1]) return false end
+  if not rows[1] then break end
+  local claim = take_over(KEYS[1], KEYS[2], rows[1], ARGV[1], ARGV[2])
+  if claim then return claim end
+end
+local fresh = redis.call('XREADGROUP', 'GROUP', GROUP, ARGV[1], 'COUNT', 1, 'STREAMS', KEYS[1], '>')
+return fresh and claimed(fresh[1][2][1], 1, KEYS[2])
+"""
+)
+
+RESUME = (
+    _COMMON
+    + """
+-- KEYS stream, errors; ARGV consumer.
+local claims = {}
+for _, row in ipairs(pending(KEYS[1], GROUP, '-', '+', 1000000, ARGV[1]) or {}) do
+  claims[#claims + 1] = take_over(KEYS[1], KEYS[2], row, ARGV[1], 0)
+end
+return claims
+"""
+)
+
+HEARTBEAT = (
+    _COMMON
+    + """
+-- KEYS stream; ARGV id, consumer, attempt. JUSTID resets idleness and doesn't count as a delivery.
+if not owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
+redis.call('XCLAIM', KEYS[1], GROUP, ARGV[2], 0, ARGV[1], 'JUSTID')
+return 1
+"""
+)
+
+COMPLETE = (
+    _COMMON
+    + """
+-- KEYS stream, errors [, forward]; ARGV id, consumer, attempt [, payload].
+if not owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
+local _, key = read(KEYS[1], ARGV[1])
+remove(KEYS[1], KEYS[2], ARGV[1])
+if KEYS[3] then append(KEYS[3], ARGV[4], key) end
+return 1
+"""
+)
+
+RETRY = (
+    _COMMON
+    + """
+-- KEYS stream, errors; ARGV id, consumer, attempt. TIME 0 makes it idle since 1970: claimable at once.
+if not owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
+redis.call('XCLAIM', KEYS[1], GROUP, RETURNED, 0, ARGV[1], 'TIME', 0, 'JUSTID')
+return redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
+"""
+)
+
+DEAD_LETTER = (
+    _COMMON
+    + """
+-- KEYS stream, errors, dead; ARGV id, consumer, attempt, reason, detail.
+if not owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
+local payload, key = read(KEYS[1], ARGV[1])
+remove(KEYS[1], KEYS[2], ARGV[1])
+local time = redis.call('TIME')
+redis.call('XADD', KEYS[3], '*', 'payload', payload, 'key', key, 'reason', ARGV[4], 'detail', ARGV[5],
+  'stream', KEYS[1], 'attempt', ARGV[3], 'time', time[1] .. '.' .. string.format('%06d', time[2]))
+return 1
+"""
+)
+
+REMOVE = (
+    _COMMON
+    + """
+-- KEYS stream, errors; ARGV ids.
+local removed = 0
+for _, id in ipairs(ARGV) do removed = removed + remove(KEYS[1], KEYS[2], id) end
+return removed
+"""
+)
+
+OUTSTANDING = """
+-- KEYS stream. Entry ids and dedupe keys, without the payloads.
+local found = {}
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do found[#found + 1] = {entry[1], entry[2][4]} end
+return found
+"""

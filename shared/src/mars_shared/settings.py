@@ -1,0 +1,241 @@
+"""Settings: one TOML recipe per run says what is trained, the environment says where it runs.
+
+`load_recipe` reads a recipe strictly: an unknown key or a wrong type is a `ConfigError`
+that names file, key, what came and what was expected. Any field can be overridden from the
+environment, e.g. MARS_TRAIN__STEPS=10. `Deployment` reads addresses, folders and the API
+key from the environment alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from mars_shared.contracts import Decoding, FrameKind, SamplingSpec, View
+from mars_shared.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunSection(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="names the run's streams and metrics")
+    dir: Path = Field(description="run folder: checkpoints, weights, blobs, logs, events")
+    seed: int = Field(default=0, ge=0)
+
+
+class ModelSection(Section):
+    path: Path = Field(description="folder in Hugging Face format: config, tokenizer, processor, safetensors")
+    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of replicas and published weights")
+    max_model_len: int = Field(ge=16, description="tokens of prompt and completion together")
+    box_frame: FrameKind = Field(default=FrameKind.RESIZED, description="frame in which the model writes boxes")
+
+
+class DatasetName(StrEnum):
+    DIGITS = "digits"
+    SCENE = "scene"
+
+
+class DataSection(Section):
+    dataset: DatasetName
+    max_image_pixels: int = Field(default=4096 * 4096, ge=1, description="an image with more is refused")
+    eval_samples: int = Field(default=256, ge=1, description="held-out samples that an evaluation uses")
+
+
+class RolloutSection(Section):
+    num_generations: int = Field(ge=1, description="G, multi-source completions a prompt")
+    num_mono: int = Field(default=1, ge=0, description="M, mono-source completions a source")
+    mono_view: View = View.SINGLE
+    mono_decoding: Decoding = Decoding.SAMPLE
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_completion_length: int = Field(ge=1, description="tokens")
+    replicas: int = Field(default=1, ge=1, description="replicas that `mars up` starts")
+    concurrent_groups: int = Field(default=8, ge=1, description="groups that one replica makes at a time")
+    threads: int = Field(default=1, ge=1, description="CPU threads of a replica; ignored on GPUs")
+    kv_cache_mib: int | None = Field(default=None, ge=1, description="key-value cache; None: vLLM decides (GPU)")
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _spec_is_valid(self) -> Self:
+        self.spec(seed=0)
+        return self
+
+    def spec(self, seed: int) -> SamplingSpec:
+        """How training groups are sampled."""
+        return SamplingSpec(
+            num_generations=self.num_generations,
+            num_mono=self.num_mono,
+            mono_view=self.mono_view,
+            mono_decoding=self.mono_decoding,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_completion_length=self.max_completion_length,
+            seed=seed,
+        )
+
+    def greedy_spec(self, seed: int) -> SamplingSpec:
+        """How evaluation groups are sampled: one greedy completion of each kind and source."""
+        return self.spec(seed).model_copy(
+            update={
+                "num_generations": 1,
+                "num_mono": 1,
+                "mono_decoding": Decoding.GREEDY,
+                "multi_decoding": Decoding.GREEDY,
+            }
+        )
+
+
+class RewardSection(Section):
+    recipe: Literal["paper"] = Field(default="paper", description="names the reward functions")
+
+
+class TrainSection(Section):
+    steps: int = Field(ge=1, description="optimizer steps (rollout batches) of the run")
+    prompts_per_step: int = Field(ge=1)
+    minibatch_prompts: int | None = Field(default=None, ge=1, description="prompts an optimizer update; None: all")
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    advantage: Literal["mars", "grpo"] = "mars"
+    scale_rewards: bool = Field(default=True, description="divide advantages by the pool's std")
+    epsilon: float = Field(default=0.2, ge=0, lt=1, description="lower clip")
+    epsilon_high: float = Field(default=0.2, ge=0, description="upper clip")
+    beta: float = Field(default=0.0, ge=0, description="weight of the k3 KL to the reference policy")
+    loss_type: Literal["grpo", "dapo"] = Field(
+        default="dapo", description="dapo: mean over the batch's tokens; grpo: mean over each completion's, then over completions"
+    )
+    max_staleness: int = Field(default=0, ge=0, le=0, description="0: every group is made by the policy it trains")
+    tokens_per_microbatch: int = Field(default=16384, ge=1, description="padded tokens of one forward pass")
+    logprob_chunk_tokens: int = Field(default=1024, ge=1, description="tokens whose logits exist at a time")
+    checkpoint_every: int = Field(default=10, ge=1, description="steps; groups are acknowledged then")
+    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_snapshots: int = Field(default=4, ge=2, description="published versions kept for replicas that are behind")
+    threads: int = Field(default=2, ge=1, description="CPU threads of the trainer; ignored on GPUs")
+
+
+class EvalSection(Section):
+    every: int = Field(default=0, ge=0, description="steps between evaluations during training; 0: only start and end")
+
+
+class Recipe(BaseSettings):
+    """Everything that defines a run."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MARS_", env_nested_delimiter="__", extra="forbid", frozen=True, allow_inf_nan=False
+    )
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    rollout: RolloutSection
+    reward: RewardSection = RewardSection()
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _completions_fit(self) -> Self:
+        if self.rollout.max_completion_length >= self.model.max_model_len:
+            raise ValueError(
+                f"rollout.max_completion_length is {self.rollout.max_completion_length}; "
+                f"expected less than model.max_model_len = {self.model.max_model_len}"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+
+class Deployment(BaseSettings):
+    """Where things run; read from environment variables MARS_*."""
+
+    model_config = SettingsConfigDict(env_prefix="MARS_", frozen=True)
+
+    redis_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis 6.2 or newer, or Valkey")
+    api_key: SecretStr | None = Field(default=None, description="guards every route but /healthz and /readyz")
+    host: str = Field(default="127.0.0.1", description="address to bind; other than loopback needs an API key")
+    reward_url: str = Field(default="http://127.0.0.1:8200", description="where rollout replicas find the reward service")
+    max_body_mib: int = Field(default=64, ge=1, description="largest request body")
+    upload_ttl_s: float = Field(default=3600, gt=0, description="seconds until uploads of ad-hoc requests expire")
+    lease_s: float = Field(default=15, gt=0, description="seconds without heartbeat until claimed work is handed on")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a TOML recipe, strictly, then apply MARS_* overrides from the environment.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown key, a wrong type or value.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: cannot be read ({error.strerror}); expected a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path}: not valid TOML: {error}") from error
+    try:
+        _StrictRecipe.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"recipe {path}: {_explain(error)}") from error
+    try:
+        return Recipe(**data)
+    except ValidationError as error:
+        overrides = sorted(name for name in os.environ if name.startswith("MARS_") and "__" in name)
+        raise ConfigError(f"recipe {path} with {overrides} from the environment: {_explain(error)}") from error
+
+
+class _StrictRecipe(BaseModel):
+    """The recipe's fields alone, without the environment: types in the file must be exact."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    rollout: RolloutSection
+    reward: RewardSection = RewardSection()
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+
+
+def load_deployment() -> Deployment:
+    """Read MARS_* from the environment.
+
+    Raises:
+        ConfigError: a variable has a wrong value.
+    """
+    try:
+        return Deployment()
+    except ValidationError as error:
+        raise ConfigError(f"environment MARS_*: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(map(str, item["loc"])) or "recipe"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}")
+        elif item["type"] == "missing":
+            lines.append(f"missing key {key}")
+        else:
+            lines.append(f"{key} = {item['input']!r}: {item['msg']}")
+    return "; ".join(lines)

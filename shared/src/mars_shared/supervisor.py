@@ -1,0 +1,169 @@
+"""Runs a set of processes: restarts what dies, gives up loudly on what cannot start, leaves nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from mars_shared.errors import MarsError
+from mars_shared.processes import kill_group, spawn, stop_all
+
+logger = logging.getLogger(__name__)
+
+QUICK_DEATHS = 3
+"""Deaths before ready, in a row, after which a service is given up."""
+FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 10.0
+GRACE_S = 20.0
+CONFIG_EXIT_CODE = 2
+POLL_S = 0.2
+LOG_TAIL_LINES = 12
+
+
+class ServiceFailedError(MarsError):
+    """A service cannot start, or failed for good; the message has the end of its log."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process to keep running.
+
+    `ready_url` answers 200 once the service is ready (None: ready as soon as it runs).
+    `finishes`: exit code 0 means that its work is done, and it is not started again.
+    `needed_to_stop`: the others need it while they end, so it ends after them.
+    """
+
+    name: str
+    command: Sequence[str]
+    ready_url: str | None = None
+    finishes: bool = False
+    needed_to_stop: bool = False
+
+
+@dataclass
+class Running:
+    """A service's process and its history."""
+
+    service: Service
+    process: subprocess.Popen[bytes]
+    ready: bool = False
+    finished: bool = False
+    quick_deaths: int = 0
+    restarts: int = 0
+    restart_at: float | None = field(default=None, repr=False)
+
+
+class Supervisor:
+    """Starts services, watches them in `poll`, and ends them all in `stop`.
+
+    Args:
+        log_dir: one file a service.
+        environment: what the services' processes see.
+        say: prints one line for people.
+    """
+
+    def __init__(self, *, log_dir: Path, environment: Mapping[str, str], say: Callable[[str], None]) -> None:
+        self._log_dir = log_dir
+        self._environment = dict(environment)
+        self._say = say
+        self._running: dict[str, Running] = {}
+        self._http = httpx.Client(timeout=2.0, trust_env=False)
+
+    def start(self, service: Service) -> None:
+        """Start a service; returns at once."""
+        self._running[service.name] = Running(service, self._spawn(service))
+
+    def stop(self) -> None:
+        """End everything, politely first."""
+        for last in (False, True):
+            running = [item.process for item in self._running.values() if item.service.needed_to_stop is last]
+            stop_all(running, grace_s=GRACE_S)
+        self._http.close()
+
+    def poll(self) -> None:
+        """Look once at every service: note who became ready, restart who died.
+
+        Raises:
+            ServiceFailedError: a service died QUICK_DEATHS times before it was ready, or its
+                configuration is wrong.
+        """
+        for running in self._running.values():
+            if running.finished:
+                continue
+            if running.restart_at is not None:
+                self._restart_when_due(running)
+            elif running.process.poll() is not None:
+                self._on_death(running, running.process.returncode)
+            elif not running.ready:
+                running.ready = self._is_ready(running.service)
+                if running.ready:
+                    running.quick_deaths = 0
+                    self._say(f"{running.service.name} is ready")
+
+    def wait_ready(self) -> None:
+        """Poll until every service is ready or finished."""
+        while not all(running.ready or running.finished for running in self._running.values()):
+            self.poll()
+            time.sleep(POLL_S)
+
+    def finished(self, name: str) -> bool:
+        """Whether a service's work is done."""
+        return self._running[name].finished
+
+    def pids(self) -> dict[str, int]:
+        """Process id by service, of those that run."""
+        return {name: running.process.pid for name, running in self._running.items() if running.process.poll() is None}
+
+    def _spawn(self, service: Service) -> subprocess.Popen[bytes]:
+        return spawn(service.command, log_path=self._log_path(service), environment=self._environment)
+
+    def _on_death(self, running: Running, code: int) -> None:
+        service = running.service
+        kill_group(running.process)
+        if service.finishes and code == 0:
+            running.finished = True
+            return
+        if not running.ready:
+            running.quick_deaths += 1
+        if code == CONFIG_EXIT_CODE or running.quick_deaths >= QUICK_DEATHS:
+            raise ServiceFailedError(f"{service.name} ended with {_describe(code)}:\n{self._log_tail(service)}")
+        delay_s = min(FIRST_BACKOFF_S * 2**running.quick_deaths, LONGEST_BACKOFF_S)
+        self._say(
+            f"{service.name} ended with {_describe(code)}; it starts again in {delay_s:g} s (log: {self._log_path(service)})"
+        )
+        running.ready = False
+        running.restart_at = time.monotonic() + delay_s
+
+    def _restart_when_due(self, running: Running) -> None:
+        assert running.restart_at is not None
+        if time.monotonic() < running.restart_at:
+            return
+        running.restart_at = None
+        running.restarts += 1
+        running.process = self._spawn(running.service)
+
+    def _is_ready(self, service: Service) -> bool:
+        if service.ready_url is None:
+            return True
+        try:
+            return self._http.get(service.ready_url).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _log_path(self, service: Service) -> Path:
+        return self._log_dir / f"{service.name}.log"
+
+    def _log_tail(self, service: Service) -> str:
+        path = self._log_path(service)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join(f"  {line}" for line in lines) + f"\n(whole log: {path})"
+
+
+def _describe(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

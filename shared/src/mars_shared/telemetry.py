@@ -1,0 +1,49 @@
+"""Logs for people, an event log for tools."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def configure_logging(service: str, level: int = logging.INFO) -> None:
+    """One line per record on standard error: time, service, level, message."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {service} %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+class EventLog:
+    """Append-only JSON lines: what a run did, for curves, reports and the page.
+
+    Each line is {"time": unix seconds, "event": kind, ...fields}.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event; values must be JSON-serialisable and finite."""
+        self._file.write(json.dumps({"time": time.time(), "event": kind, **fields}, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Events of a log, in order; a torn last line (a killed writer) is left out."""
+    if not path.exists():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            event = json.loads(line)
+            if kind is None or event["event"] == kind:
+                events.append(event)
+    return events

@@ -1,0 +1,120 @@
+"""The weights store: immutable, verified snapshots, and a HEAD file that announces the newest.
+
+    root/
+      HEAD                      manifest of the newest version (JSON, replaced atomically)
+      1.7-3f9c.../              one folder per snapshot: files and manifest.json
+
+The trainer publishes; replicas pull when HEAD changes. Nothing here knows what a tensor is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+from blake3 import blake3
+from pydantic import ValidationError
+
+from mars_shared.contracts import PolicyVersion, WeightFile, WeightManifest
+from mars_shared.errors import IntegrityError
+from mars_shared.files import fsync_path, write_atomic
+
+MANIFEST = "manifest.json"
+
+
+def describe_file(path: Path) -> WeightFile:
+    """Size and hash of a file."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    hasher.update_mmap(path)
+    return WeightFile(name=path.name, size_bytes=path.stat().st_size, blake3=hasher.hexdigest())
+
+
+class WeightsStore:
+    """A folder that the trainer writes and any number of replicas read."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def head(self) -> WeightManifest | None:
+        """The newest published version; None before the first.
+
+        Raises:
+            IntegrityError: HEAD is not a manifest.
+        """
+        try:
+            text = (self._root / "HEAD").read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return WeightManifest.model_validate_json(text)
+        except ValidationError as error:
+            raise IntegrityError(f"{self._root / 'HEAD'}: not a weight manifest ({error.error_count()} errors)") from error
+
+    def stage(self) -> Path:
+        """An empty folder inside the store, to write a snapshot's files into before `publish`."""
+        folder = self._root / f".staged-{uuid4().hex}"
+        folder.mkdir()
+        return folder
+
+    def publish(
+        self, staged: Path, *, run: str, version: PolicyVersion, model: str, dtype: Literal["float32", "bfloat16"]
+    ) -> WeightManifest:
+        """Make a staged folder an immutable snapshot and announce it, durably and in that order."""
+        files = sorted(staged.iterdir())
+        for file in files:
+            fsync_path(file)
+        manifest = WeightManifest(
+            run=run, version=version, model=model, dtype=dtype, files=tuple(describe_file(file) for file in files)
+        )
+        content = manifest.model_dump_json().encode()
+        write_atomic(staged / MANIFEST, content)
+        target = self.folder(manifest)
+        if target.exists():
+            shutil.rmtree(staged)
+        else:
+            os.rename(staged, target)
+        fsync_path(self._root)
+        write_atomic(self._root / "HEAD", content)
+        return manifest
+
+    def folder(self, manifest: WeightManifest) -> Path:
+        """Where a version's files are, verified or not."""
+        return self._root / f"{manifest.version}-{manifest.weights_id[:16]}"
+
+    def verify(self, manifest: WeightManifest) -> Path:
+        """The version's folder, after every file was checked against the manifest.
+
+        Raises:
+            IntegrityError: a file is missing, or its size or hash differs.
+        """
+        folder = self.folder(manifest)
+        for expected in manifest.files:
+            path = folder / expected.name
+            if not path.is_file():
+                raise IntegrityError(f"weights {manifest.version}: {path} is missing")
+            actual = describe_file(path)
+            if actual != expected:
+                raise IntegrityError(
+                    f"weights {manifest.version}: {path} has {actual.size_bytes} bytes and hash {actual.blake3}; "
+                    f"expected {expected.size_bytes} and {expected.blake3}"
+                )
+        return folder
+
+    def prune(self, keep: int, protect: Sequence[WeightManifest] = ()) -> None:
+        """Remove all but the newest `keep` snapshots; those in `protect` and HEAD stay."""
+        head = self.head()
+        protected = {self.folder(manifest) for manifest in (*protect, *([head] if head else []))}
+        snapshots = sorted((path for path in self._root.iterdir() if (path / MANIFEST).is_file()), key=_publication_order)
+        for folder in snapshots[:-keep]:
+            if folder not in protected:
+                shutil.rmtree(folder)
+
+
+def _publication_order(folder: Path) -> tuple[int, int]:
+    incarnation, step = folder.name.split("-")[0].split(".")
+    return int(incarnation), int(step)
