@@ -133,7 +133,7 @@ async def put(queue: Queue, *groups: RolloutGroup) -> None:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    while not await condition():
+    while not await condition():  # noqa: ASYNC110  Redis sets no event.
         await asyncio.sleep(0.02)
 
 

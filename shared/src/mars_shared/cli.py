@@ -194,7 +194,8 @@ def _running_rollout_url() -> str:
 def _print_rollouts(answer: dict[str, Any]) -> None:
     group, scores = answer["group"], answer["scores"]
     scored = scores is not None
-    table = Table(title=f"policy {answer['group']['policy_version']['step']}" if group.get("policy_version") else None)
+    version = group["policy_version"]
+    table = Table(title=f"policy {version['incarnation']}.{version['step']}")
     for column in ("kind", "source", "completion", *(("reward", "parts") if scored else ())):
         table.add_column(column)
     for index, completion in enumerate(group["completions"]):
@@ -231,7 +232,7 @@ def _say(url: str, deployment: Any, text: Callable[[dict[str, Any]], str]) -> st
 
 
 def _version_text(answer: dict[str, Any]) -> str:
-    return f"serves policy {answer['policy_version']}"
+    return f"serves policy {answer['version']}"
 
 
 def _run_text(answer: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ MarsError
 │   └── BlobMissingError no bytes under that hash                                              HTTP 404
 ├── NotReadyError        the service cannot serve yet, or no more                          HTTP 503
 ├── IntegrityError       bytes do not match their hash: a snapshot, a blob, a checkpoint
-├── CheckpointError      a checkpoint cannot be used: of another model, incomplete
+├── CheckpointError      weights or a checkpoint cannot be used: of another model              exit 2
 └── QueueError           Redis cannot be used
     ├── QueueUnavailableError   it does not answer                                         HTTP 503
     └── LeaseLostError          the claimed item now belongs to another consumer
@@ -77,7 +77,9 @@ class IntegrityError(MarsError):
 
 
 class CheckpointError(MarsError):
-    """A checkpoint cannot be used."""
+    """A checkpoint cannot be used; trying again will not help."""
+
+    exit_code = 2
 
 
 class QueueError(MarsError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from mars_shared.errors import ConfigError
 from mars_shared.files import write_atomic
+from mars_shared.http import bind, check_bind
+from mars_shared.queue import Queue
 from mars_shared.server import EmbeddedValkey
 from mars_shared.settings import Recipe, load_deployment
 from mars_shared.supervisor import Service, Supervisor
@@ -70,15 +73,23 @@ def running_stack(
 
     Without MARS_REDIS_URL in the environment an embedded Valkey is started in run.dir/valkey.
 
+    Raises:
+        ConfigError: a port is taken, or the stack would serve beyond loopback without a key.
+        QueueUnavailableError: nothing answers at MARS_REDIS_URL.
+
     Args:
         trainer: "once" ends after the last step, "linger" serves on, "evaluate" evaluates the newest policy and ends.
     """
     deployment = load_deployment()
+    check_bind(deployment)
+    _check_ports(deployment.host, ports, recipe)
     run_dir = recipe.run.dir
     run_dir.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ) | {"MARS_REWARD_URL": f"http://{deployment.host}:{ports.reward}"}
     valkey = None
-    if "MARS_REDIS_URL" not in os.environ:
+    if "MARS_REDIS_URL" in os.environ:
+        asyncio.run(_check_redis(deployment.redis_url))
+    else:
         valkey = EmbeddedValkey(run_dir / "valkey")
         valkey.write_config()
         environment["MARS_REDIS_URL"] = valkey.url
@@ -102,6 +113,19 @@ def running_stack(
     finally:
         supervisor.stop()
         (run_dir / STATE_FILE).unlink(missing_ok=True)
+
+
+def _check_ports(host: str, ports: Ports, recipe: Recipe) -> None:
+    for port in (ports.reward, ports.trainer, *(ports.rollout(index) for index in range(recipe.rollout.replicas))):
+        bind(host, port).close()
+
+
+async def _check_redis(url: str) -> None:
+    queue = Queue(url)
+    try:
+        await queue.ping()
+    finally:
+        await queue.close()
 
 
 def read_state(run_dir: Path) -> StackState | None:

@@ -27,7 +27,11 @@ LOG_TAIL_LINES = 12
 
 
 class ServiceFailedError(MarsError):
-    """A service cannot start, or failed for good; the message has the end of its log."""
+    """A service cannot start, or failed for good; the message has the end of its log, `exit_code` is its own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code if exit_code > 0 else 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Supervisor:
         if not running.ready:
             running.quick_deaths += 1
         if code == CONFIG_EXIT_CODE or running.quick_deaths >= QUICK_DEATHS:
-            raise ServiceFailedError(f"{service.name} ended with {_describe(code)}:\n{self._log_tail(service)}")
+            raise ServiceFailedError(f"{service.name} ended with {_describe(code)}:\n{self._log_tail(service)}", code)
         delay_s = min(FIRST_BACKOFF_S * 2**running.quick_deaths, LONGEST_BACKOFF_S)
         self._say(
             f"{service.name} ended with {_describe(code)}; it starts again in {delay_s:g} s (log: {self._log_path(service)})"

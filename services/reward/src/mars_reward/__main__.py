@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         asyncio.run(serve(load_recipe(options.recipe), load_deployment(), options.port))
     except MarsError as error:
-        print(f"mars_reward: {error}", file=sys.stderr)
+        sys.stderr.write(f"mars_reward: {error}\n")
         return error.exit_code
     return 0
 

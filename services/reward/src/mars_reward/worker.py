@@ -133,7 +133,7 @@ class RewardWorker:
         except InputError as error:
             await self._queue.dead_letter(claim, "bad input", str(error))
             return "dead_letter"
-        except Exception as error:  # The worker's edge: one group's surprise must not end the others' work.
+        except Exception as error:  # noqa: BLE001  The worker's edge: one group's surprise must not end the others' work.
             return await self._give_back(claim, error)
         await self._queue.complete(claim, forward=self._streams.scored(scored.group.prompt.purpose), payload=payload)
         _count(scored)

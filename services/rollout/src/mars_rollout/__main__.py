@@ -16,13 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mars_rollout.engine.environment import configure_environment
 from mars_shared.errors import MarsError
 from mars_shared.http import bind, check_bind
 from mars_shared.queue import Queue
 from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
 from mars_shared.telemetry import configure_logging
-
-from mars_rollout.engine.environment import configure_environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

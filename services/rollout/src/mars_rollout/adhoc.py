@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from uuid import uuid4
 
 import httpx
+from pydantic import Field, ValidationError
+
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import (
     BoxesTruth,
@@ -36,7 +38,6 @@ from mars_shared.errors import InputError, NotReadyError
 from mars_shared.http import explain_validation
 from mars_shared.images import media_type_of, open_image
 from mars_shared.settings import Deployment, Recipe
-from pydantic import Field, ValidationError
 
 _BLOB = re.compile(r"[0-9a-f]{64}")
 PROMPT_ID = "adhoc"
@@ -138,6 +139,9 @@ class AdhocPrompts:
         Raises:
             InputError: an image or a parameter is wrong (its subclasses carry the HTTP status).
         """
+        names = [item.name for item in request.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"sources {twice} were given more than once; expected each name once")
         first_size_px: tuple[int, int] | None = None
         sources = []
         for item in request.sources:

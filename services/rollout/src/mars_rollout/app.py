@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import HTTPException
-from mars_shared.errors import InputError, MediaTypeError, NotReadyError
-from mars_shared.http import create_app
-from mars_shared.settings import Deployment
 from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from mars_rollout.adhoc import AdhocPrompts, GroupAnswer, GroupRequest, RewardClient, parse_form, parse_json
 from mars_rollout.engine.base import Engine
 from mars_rollout.group import GroupMaker
 from mars_rollout.metrics import count_group
+from mars_shared.errors import InputError, MediaTypeError, NotReadyError
+from mars_shared.http import create_app
+from mars_shared.settings import Deployment
 
 MAX_FORM_FIELDS = 32
 MAX_FORM_FILES = 64

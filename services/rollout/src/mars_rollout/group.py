@@ -8,6 +8,9 @@ from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
+from mars_rollout.engine.base import Engine, EngineAnswer, EngineRequest
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import (
     Completion,
@@ -22,9 +25,6 @@ from mars_shared.contracts import (
 )
 from mars_shared.errors import BlobMissingError, MediaTypeError, NotReadyError
 from mars_shared.images import media_type_of, open_image
-from PIL import Image
-
-from mars_rollout.engine.base import Engine, EngineAnswer, EngineRequest
 
 if TYPE_CHECKING:
     from mars_rollout.render import PromptRenderer, ViewDraft

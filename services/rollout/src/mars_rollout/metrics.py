@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mars_shared.contracts import PolicyVersion, RolloutGroup
 from prometheus_client import Counter, Gauge, Histogram
+
+from mars_shared.contracts import PolicyVersion, RolloutGroup
 
 GROUPS = Counter("mars_rollout_groups", "Groups, by purpose and by what became of them", ["purpose", "outcome"])
 """`outcome` is "made", "dead_letter", "retry", "lease_lost" or "superseded"."""

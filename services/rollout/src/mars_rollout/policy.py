@@ -11,12 +11,11 @@ from contextlib import asynccontextmanager, suppress
 from enum import Enum, auto
 from pathlib import Path
 
+from mars_rollout.engine.base import BASE_WEIGHTS_ID, Engine
+from mars_rollout.metrics import count_update
 from mars_shared.contracts import PolicyVersion, Prompt, WeightManifest
 from mars_shared.errors import InputError, IntegrityError, NotReadyError
 from mars_shared.weights import WeightsStore
-
-from mars_rollout.engine.base import BASE_WEIGHTS_ID, Engine
-from mars_rollout.metrics import count_update
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
 from mars_shared.contracts import BoxFrame, FrameKind, Prompt, View
 from mars_shared.errors import ConfigError, ImageError, InputError, TooLongError
 from mars_shared.messages import build_messages, images_shown
-from transformers import AutoImageProcessor, AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 PER_MILLE = 1000
 SizePx = tuple[int, int]

@@ -11,12 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from mars_shared.blobs import BlobStore
-from mars_shared.errors import ConfigError, NotReadyError
-from mars_shared.http import HttpServer
-from mars_shared.queue import Queue, Streams
-from mars_shared.settings import Deployment, Recipe
-from mars_shared.weights import WeightsStore
 
 from mars_rollout.adhoc import AdhocPrompts, RewardClient
 from mars_rollout.app import Stage, build_app, mount_openai
@@ -24,6 +18,13 @@ from mars_rollout.engine.base import Engine
 from mars_rollout.group import GroupMaker
 from mars_rollout.policy import Policy
 from mars_rollout.worker import RolloutWorker
+from mars_shared.blobs import BlobStore
+from mars_shared.errors import ConfigError, NotReadyError
+from mars_shared.http import HttpServer
+from mars_shared.queue import Queue, Streams
+from mars_shared.settings import Deployment, Recipe
+from mars_shared.telemetry import configure_logging
+from mars_shared.weights import WeightsStore
 
 if TYPE_CHECKING:
     from mars_rollout.render import PromptRenderer
@@ -106,6 +107,8 @@ class Replica:
         recipe = self._recipe
         renderer = await asyncio.to_thread(_load_renderer, recipe)
         start_engine, build_openai_app = await asyncio.to_thread(_import_engine)
+        # vLLM's imports raise the level of the root logger and its handlers.
+        configure_logging(self._name)
         engine = await start_engine(recipe)
         maker = GroupMaker(engine, renderer, self._blobs, replica=self._name, max_pixels=recipe.data.max_image_pixels)
         return engine, await build_openai_app(engine, recipe), maker

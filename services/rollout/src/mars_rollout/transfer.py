@@ -49,18 +49,18 @@ def apply_snapshot(core: EngineCore, files: list[str], version: str) -> None:
 
 
 @dataclass
-class SnapshotInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not type-checked
+class SnapshotInit(WeightTransferInitInfo):
     """Nothing to agree on beforehand: a snapshot is a file."""
 
 
 @dataclass
-class SnapshotUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
+class SnapshotUpdate(WeightTransferUpdateInfo):
     """`files`: paths of verified safetensors files with Hugging Face tensor names."""
 
     files: list[str]
 
 
-class SnapshotTransfer(WeightTransferEngine[SnapshotInit, SnapshotUpdate]):  # type: ignore[misc]
+class SnapshotTransfer(WeightTransferEngine[SnapshotInit, SnapshotUpdate]):
     """Copies a snapshot's tensors into the model's parameters where they lie."""
 
     init_info_cls = SnapshotInit

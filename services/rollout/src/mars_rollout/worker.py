@@ -8,15 +8,15 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from mars_shared.contracts import Prompt, RolloutGroup
-from mars_shared.errors import InputError, LeaseLostError, MarsError, QueueUnavailableError
-from mars_shared.http import explain_validation
-from mars_shared.queue import Claim, Queue, Streams
 from pydantic import ValidationError
 
 from mars_rollout.group import GroupMaker
 from mars_rollout.metrics import GROUPS, count_group
 from mars_rollout.policy import Policy, SupersededError
+from mars_shared.contracts import Prompt, RolloutGroup
+from mars_shared.errors import InputError, LeaseLostError, MarsError, QueueUnavailableError
+from mars_shared.http import explain_validation
+from mars_shared.queue import Claim, Queue, Streams
 
 logger = logging.getLogger(__name__)
 

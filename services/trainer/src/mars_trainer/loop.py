@@ -107,6 +107,7 @@ class TrainingRun:
         window = (began, pushed)
         seconds = stage_seconds(window, _intervals(answers, (trained_from, trained_to), (trained_to, pushed)))
         self._report(metrics, seconds, window, answers)
+        self.samples.step(self.version.step, groups, report.advantages)
         last = self.version.step == self.recipe.train.steps
         if last or self.version.step % self.recipe.train.checkpoint_every == 0:
             await asyncio.to_thread(self._checkpoint)
@@ -161,7 +162,6 @@ class TrainingRun:
         self.events.write(
             "step", step=self.version.step, steps=self.recipe.train.steps, metrics=metrics, seconds=seconds, window=window
         )
-        self.samples.step(self.version.step, [answer.scored for answer in answers])
 
     async def _evaluate(self) -> None:
         self.progress.state = "evaluating"

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from mars_shared.errors import CheckpointError, ConfigError
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from mars_shared.errors import CheckpointError, ConfigError
 from mars_trainer.batching import Microbatch, TokenLayout
 
 _REQUIRED_FILES = {
@@ -110,9 +110,8 @@ def completion_statistics(
     computed again there.
     """
     hidden = _hidden_states(model, batch)
-    rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
     mask = batch.completion_mask
-    predicting = hidden[rows, batch.logit_index][mask]
+    predicting = hidden[batch.logit_sequence[:, None], batch.logit_index][mask]
     targets = batch.completion_ids[mask]
     weight = model.lm_head.weight
     chunks = [
@@ -125,13 +124,16 @@ def completion_statistics(
 
 
 def _hidden_states(model: Qwen2_5_VLForConditionalGeneration, batch: Microbatch) -> Tensor:
-    """[B, S, hidden] of the last layer, after the final norm."""
+    """[R, S, hidden] of the last layer, after the final norm."""
     embeddings = model.get_input_embeddings()(batch.token_ids)
     if batch.grid_thw.shape[0]:
         vision = model.get_image_features(batch.pixel_values, batch.grid_thw).pooler_output
         features = torch.cat(list(vision))[batch.feature_index].to(embeddings.dtype)
         embeddings = embeddings.masked_scatter(batch.placeholders[..., None], features)
-    output = model.model.language_model(inputs_embeds=embeddings, position_ids=batch.position_ids, use_cache=False)
+    mask = None if batch.attention_mask is None else {"full_attention": batch.attention_mask}
+    output = model.model.language_model(
+        inputs_embeds=embeddings, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+    )
     return output.last_hidden_state
 
 

@@ -41,8 +41,9 @@ def report(recipe: Recipe, console: Console) -> dict[str, Any]:
     summary = summarise_run(events, seed=recipe.run.seed)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     draw_curves(events, folder / "curves.png", title=f"{recipe.run.name}, seed {recipe.run.seed}")
-    last_step = max(step for step, _ in read_samples(folder / "groups.jsonl", "evaluation"))
-    shown = [scored for step, scored in read_samples(folder / "groups.jsonl", "evaluation") if step == last_step]
+    kept = list(read_samples(folder / "groups.jsonl", "evaluation"))
+    last_step = kept[-1].step
+    shown = [group.scored for group in kept if group.step == last_step]
     draw_groups(shown, BlobStore(folder / "blobs"), folder / "groups.png", title=f"held-out samples after step {last_step}")
     for table in (_results_table(summary), _gain_table(events), _time_table(summary)):
         console.print(table)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mars_shared.contracts import ScoredGroup
+from mars_trainer.algorithm.advantages import GroupAdvantages
 
 KEEP_PER_STEP = 2
 KEEP_EVERY_STEPS = 10
@@ -17,30 +19,47 @@ Occasion = Literal["step", "evaluation"]
 
 
 class SampleLog:
-    """Appends {"occasion", "step", "scored"} lines."""
+    """Appends {"occasion", "step", "scored", "advantages"} lines."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def step(self, step: int, groups: Sequence[ScoredGroup]) -> None:
-        """Keep the first groups of every KEEP_EVERY_STEPS-th step."""
-        if step % KEEP_EVERY_STEPS == 0:
-            self._write("step", step, groups[:KEEP_PER_STEP])
+    def step(self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages]) -> None:
+        """Keep the first groups of the first and every KEEP_EVERY_STEPS-th step."""
+        if step == 1 or step % KEEP_EVERY_STEPS == 0:
+            self._write("step", step, groups[:KEEP_PER_STEP], advantages[:KEEP_PER_STEP])
 
     def evaluation(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Keep the first groups of an evaluation: the same samples each time."""
-        self._write("evaluation", step, groups[:KEEP_PER_EVALUATION])
+        kept = groups[:KEEP_PER_EVALUATION]
+        self._write("evaluation", step, kept, [None] * len(kept))
 
-    def _write(self, occasion: Occasion, step: int, groups: Sequence[ScoredGroup]) -> None:
-        for scored in groups:
-            line = {"occasion": occasion, "step": step, "scored": scored.model_dump(mode="json")}
+    def _write(
+        self, occasion: Occasion, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages | None]
+    ) -> None:
+        for scored, statistics in zip(groups, advantages, strict=True):
+            line = {
+                "occasion": occasion,
+                "step": step,
+                "scored": scored.model_dump(mode="json"),
+                "advantages": None if statistics is None else asdict(statistics),
+            }
             self._file.write(json.dumps(line) + "\n")
 
 
-def read_samples(path: Path, occasion: Occasion) -> Iterator[tuple[int, ScoredGroup]]:
-    """(step, group) of one occasion, in order; a torn last line is left out."""
+@dataclass(frozen=True)
+class KeptGroup:
+    """A group as it was kept; `advantages` has GroupAdvantages' fields, None for evaluations."""
+
+    step: int
+    scored: ScoredGroup
+    advantages: dict[str, Any] | None
+
+
+def read_samples(path: Path, occasion: Occasion) -> Iterator[KeptGroup]:
+    """Groups of one occasion, in order; a torn last line is left out."""
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             entry = json.loads(line)
             if entry["occasion"] == occasion:
-                yield entry["step"], ScoredGroup.model_validate(entry["scored"])
+                yield KeptGroup(entry["step"], ScoredGroup.model_validate(entry["scored"]), entry["advantages"])

@@ -13,20 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import AutoProcessor
+
 from mars_shared.contracts import BoxesTruth, Truth, View
 from mars_shared.images import open_image
 from mars_shared.messages import build_messages, images_shown
 from mars_shared.settings import DatasetName
-from torch import Tensor
-from transformers import AutoProcessor
-
 from mars_trainer.batching import EncodedGroup, EncodedPrompt, expand_placeholders, make_microbatches, pixels
 from mars_trainer.datasets import Dataset, Sample, load_dataset
 from mars_trainer.datasets.base import PAIR
@@ -74,7 +75,7 @@ class Demonstration:
     truth: Truth
 
 
-def sft(config: SftConfig, report: Callable[[str], None] = print) -> Path:
+def sft(config: SftConfig, report: Callable[[str], None]) -> Path:
     """Write a tiny policy, train it, and return its folder; progress lines go to `report`."""
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
@@ -155,16 +156,14 @@ def answer_text(thought: str, truth: Truth, frame: tuple[int, int]) -> str:
     Example:
         "<think>visible is clear</think><answer>7</answer>"
     """
-    if isinstance(truth, BoxesTruth):
-        answer = f"```json\n{json.dumps(_boxes_in_frame(truth, frame))}\n```"
-    else:
-        answer = truth.text
+    answer = _fenced_boxes(truth, frame) if isinstance(truth, BoxesTruth) else truth.text
     return f"<think>{thought} is clear</think><answer>{answer}</answer>"
 
 
-def _boxes_in_frame(truth: BoxesTruth, frame: tuple[int, int]) -> Sequence[dict[str, list[int]]]:
-    across, down = frame[0] / truth.width_px, frame[1] / truth.height_px
-    return [{"bbox_2d": [round(x1 * across), round(y1 * down), round(x2 * across), round(y2 * down)]} for x1, y1, x2, y2 in truth.boxes]
+def _fenced_boxes(truth: BoxesTruth, frame: tuple[int, int]) -> str:
+    scale = (frame[0] / truth.width_px, frame[1] / truth.height_px) * 2
+    boxes = [[round(value * factor) for value, factor in zip(box, scale, strict=True)] for box in truth.boxes]
+    return f"```json\n{json.dumps([{'bbox_2d': box} for box in boxes])}\n```"
 
 
 def main() -> None:
@@ -173,7 +172,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     for name, kind in (("seed", int), ("steps", int), ("threads", int), ("snapshot-every", int), ("learning-rate", float)):
         parser.add_argument(f"--{name}", type=kind, default=getattr(SftConfig, name.replace("-", "_")))
-    sft(SftConfig(**vars(parser.parse_args())), report=lambda line: print(line, flush=True))
+    sft(SftConfig(**vars(parser.parse_args())), report=_write_line)
+
+
+def _write_line(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

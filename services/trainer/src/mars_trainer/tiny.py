@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -166,6 +167,7 @@ def write_tiny(folder: Path, seed: int) -> Qwen2_5_VLForConditionalGeneration:
 
 def save_policy(model: Qwen2_5_VLForConditionalGeneration, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write config, generation config and weights in `dtype`; the model itself stays as it is."""
+    logging.disable_progress_bar()
     rounded = copy.deepcopy(model).to(dtype)
     rounded.generation_config = GenerationConfig(
         eos_token_id=SPECIAL_TOKENS.index("<|im_end|>"), pad_token_id=SPECIAL_TOKENS.index("<|endoftext|>")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
 from PIL import Image
+
+from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
 
 BASE_VERSION = PolicyVersion(incarnation=0, step=0)
 BASE_WEIGHTS_ID = "base"

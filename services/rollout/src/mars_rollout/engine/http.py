@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI
-from mars_shared.settings import Recipe
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -16,13 +15,14 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from mars_rollout.engine.environment import MEDIA_CONNECTOR
 from mars_rollout.engine.vllm import SERVED_NAME, VllmEngine
+from mars_shared.settings import Recipe
 
 OPENAI_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health"})
 """All that is served of vLLM's app: nothing that changes weights, adapters, profiling or sleep."""
 
 
 @MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)
-class DataUrlConnector(MediaConnector):  # type: ignore[misc]  # vLLM is not type-checked
+class DataUrlConnector(MediaConnector):
     """Reads data: URLs and nothing else: no request of ours goes out, no file is read."""
 
     def load_from_url(self, url: str, *args: Any, **kwargs: Any) -> Any:

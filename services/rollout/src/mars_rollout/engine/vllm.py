@@ -8,9 +8,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
-from mars_shared.errors import IntegrityError, NotReadyError
-from mars_shared.settings import Recipe
 from vllm import SamplingParams, TokensPrompt
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -24,9 +21,15 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from mars_rollout.engine.base import BASE_VERSION, BASE_WEIGHTS_ID, EngineAnswer, EngineCompletion, EngineRequest
 from mars_rollout.transfer import BACKEND
+from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
+from mars_shared.errors import IntegrityError, NotReadyError
+from mars_shared.settings import Recipe
 
 SERVED_NAME = "policy"
 MAX_CONCURRENT_SEQUENCES = 64
+"""On CPU results are equal bit by bit in any batch up to this size."""
+SHUTDOWN_S = 2.0
+"""How long the engine's processes may take to end before they are killed; they hold nothing durable."""
 _URGENT, _ADHOC = 0, 1
 _OWN_PREFIX = "mars-"
 
@@ -65,7 +68,7 @@ def engine_args(recipe: Recipe) -> AsyncEngineArgs:
     )
 
 
-class PolicyLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is not type-checked
+class PolicyLLM(AsyncLLM):
     """AsyncLLM whose requests, whoever makes them, are tagged with the weights that will answer them.
 
     The tag stands in every image's identifier and in the prefix cache's salt, so that nothing
@@ -174,7 +177,7 @@ class VllmEngine:
         self._whole = True
 
     async def shutdown(self) -> None:
-        await asyncio.to_thread(self.llm.shutdown, 5.0)
+        await asyncio.to_thread(self.llm.shutdown, SHUTDOWN_S)
 
 
 def sampling_params(request: EngineRequest) -> SamplingParams:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mars_shared.settings import DatasetName
-
 from mars_trainer.datasets.base import Dataset, LazySplit, Sample, Split
 from mars_trainer.datasets.digits import DigitsDataset
 from mars_trainer.datasets.scene import SceneDataset

@@ -10,9 +10,10 @@ from hashlib import blake2b
 from typing import Any, Protocol, overload
 
 import numpy as np
-from mars_shared.contracts import Truth
 from numpy.typing import NDArray
 from PIL import Image
+
+from mars_shared.contracts import Truth
 
 PAIR = ("visible", "infrared")
 """Source names of a visible + infrared pair, in order."""

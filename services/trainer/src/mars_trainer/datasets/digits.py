@@ -13,10 +13,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from mars_shared.contracts import TextTruth
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
+from mars_shared.contracts import TextTruth
 from mars_trainer.datasets.base import (
     PAIR,
     LazySplit,

@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from mars_shared.contracts import BoxesTruth
 
+from mars_shared.contracts import BoxesTruth
 from mars_trainer.datasets.base import (
     PAIR,
     LazySplit,

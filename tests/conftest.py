@@ -1,0 +1,48 @@
+"""What several test files need: one real Valkey for the whole session."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from mars_shared.queue import Queue
+from mars_shared.server import EmbeddedValkey
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    with EmbeddedValkey(tmp_path_factory.mktemp("session-valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+async def patient_queue(valkey: EmbeddedValkey) -> AsyncIterator[Queue]:
+    """A queue whose leases outlast any test."""
+    queue = Queue(valkey.url, lease_s=600)
+    yield queue
+    await queue.close()
+
+
+@pytest.fixture
+def run_name(request: pytest.FixtureRequest) -> str:
+    """A run, hence streams, of the test's own."""
+    return re.sub(r"\W", "_", request.node.name)
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No MARS_* variable of whoever runs the tests reaches the test."""
+    for name in [name for name in os.environ if name.startswith("MARS_")]:
+        monkeypatch.delenv(name)
+    return monkeypatch

@@ -1,0 +1,60 @@
+"""An engine without a model, at the `Engine` seam, for tests of what stands around it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from mars_rollout.engine.base import BASE_VERSION, BASE_WEIGHTS_ID, EngineAnswer, EngineCompletion, EngineRequest
+from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
+from mars_shared.errors import NotReadyError
+
+IMAGE_TOKEN = 5
+TOKENS_PER_IMAGE = 4
+"""Of a 56 x 56 image: (56 / 28) ** 2."""
+
+
+class ScriptedEngine:
+    """Answers at once unless `gate` is cleared; sample i of seed s is the token s + i."""
+
+    def __init__(self) -> None:
+        self.version: PolicyVersion = BASE_VERSION
+        self.weights_id = BASE_WEIGHTS_ID
+        self.alive = True
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.requests: list[EngineRequest] = []
+        self.updates: list[PolicyVersion] = []
+        self.running = 0
+        self.running_at_update: list[int] = []
+        self.failures: list[Exception] = []
+
+    async def generate(self, request: EngineRequest) -> EngineAnswer:
+        self.requests.append(request)
+        self.running += 1
+        try:
+            if self.failures:
+                raise self.failures.pop(0)
+            await self.gate.wait()
+            if not self.alive:
+                raise NotReadyError("the engine is dead")
+            return self._answer(request)
+        finally:
+            self.running -= 1
+
+    async def update(self, manifest: WeightManifest, folder: Path) -> None:
+        self.running_at_update.append(self.running)
+        self.version, self.weights_id = manifest.version, manifest.weights_id
+        self.updates.append(manifest.version)
+
+    async def shutdown(self) -> None:
+        self.alive = False
+
+    def _answer(self, request: EngineRequest) -> EngineAnswer:
+        expanded = [t for token in request.token_ids for t in [token] * (TOKENS_PER_IMAGE if token == IMAGE_TOKEN else 1)]
+        span = (VersionSpan(version=self.version, start=0, end=1),)
+        first = 0 if request.seed is None else request.seed
+        completions = tuple(
+            EngineCompletion((first + i,), (-0.5,), f"text {first + i}", FinishReason.STOP, span) for i in range(request.n)
+        )
+        return EngineAnswer(tuple(expanded), completions)

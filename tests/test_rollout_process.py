@@ -1,0 +1,152 @@
+"""A replica as a process: what ends it, how it says so, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mars_shared.http import bind
+from rollout_fixtures import ReplicaProcess, Workplace, free_port, make_workplace, stop_politely
+
+DEAD_URL = "redis://127.0.0.1:9/0"
+
+
+def run(recipe: Path, redis_url: str, port: int | None = None, **environment: str) -> tuple[int, str]:
+    """Exit code and what was said of a replica that should end by itself."""
+    command = [sys.executable, "-m", "mars_rollout", "--recipe", str(recipe), "--port", str(port or free_port())]
+    done = subprocess.run(
+        command, env=os.environ | {"MARS_REDIS_URL": redis_url} | environment, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stderr
+
+
+def only_line(said: str) -> str:
+    assert "Traceback" not in said, said
+    (line,) = [line for line in said.splitlines() if line.startswith("mars_rollout: ")]
+    return line
+
+
+def test_a_redis_that_does_not_answer_is_named(workplace: Workplace) -> None:
+    code, said = run(workplace.recipe_path, DEAD_URL)
+    assert code == 1
+    assert "no answer from Redis at 127.0.0.1:9" in only_line(said)
+
+
+def test_a_taken_port_is_named(workplace: Workplace, redis_url: str) -> None:
+    port = free_port()
+    with bind("127.0.0.1", port):
+        code, said = run(workplace.recipe_path, redis_url, port)
+    assert code == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in only_line(said)
+
+
+def test_serving_beyond_loopback_needs_a_key(workplace: Workplace, redis_url: str) -> None:
+    code, said = run(workplace.recipe_path, redis_url, MARS_HOST="0.0.0.0")
+    assert code == 2
+    assert "MARS_API_KEY" in only_line(said)
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "config.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_model_folder_without_its_parts_is_named(missing: str, model_dir: Path, tmp_path: Path, redis_url: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    (model / missing).unlink()
+    code, said = run(make_workplace(tmp_path, model).recipe_path, redis_url)
+    assert code == 2
+    assert str(model) in only_line(said)
+
+
+def test_an_unknown_recipe_key_is_named(workplace: Workplace, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(workplace.recipe_path.read_text() + "\n[rollouts]\nnum = 1\n")
+    code, said = run(recipe, DEAD_URL)
+    assert code == 2
+    assert "unknown key rollouts" in only_line(said)
+
+
+def until_gone(replica: ReplicaProcess, within_s: float = 30.0) -> None:
+    """Fails with the survivors if a process of the session outlives its replica."""
+    deadline = time.monotonic() + within_s
+    while survivors := replica.session():
+        assert time.monotonic() < deadline, survivors
+        time.sleep(0.1)
+
+
+def engine_process(replica: ReplicaProcess) -> psutil.Process | None:
+    children = psutil.Process(replica.process.pid).children()
+    return next((child for child in children if "resource_tracker" not in " ".join(child.cmdline())), None)
+
+
+@dataclass
+class Trio:
+    """Three replicas that start together, each to be ended in its own way."""
+
+    killed: ReplicaProcess
+    robbed: ReplicaProcess
+    stopped: ReplicaProcess
+
+
+@pytest.fixture(scope="module")
+def trio(model_dir: Path, tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Trio]:
+    """Without any published version: they are ready with the base model's weights."""
+    place = make_workplace(tmp_path_factory.mktemp("trio"), model_dir)
+    replicas = [ReplicaProcess(place, {"MARS_REDIS_URL": redis_url}, name) for name in ("killed", "robbed", "stopped")]
+    try:
+        for replica in replicas:
+            replica.wait_ready()
+        yield Trio(*replicas)
+    finally:
+        for replica in replicas:
+            replica.end()
+
+
+@pytest.mark.engine
+def test_kill_9_leaves_no_process_of_the_replica(trio: Trio) -> None:
+    assert len(trio.killed.session()) >= 2, "the engine is a process of its own"
+    trio.killed.process.kill()
+    trio.killed.process.wait()
+    until_gone(trio.killed)
+
+
+@pytest.mark.engine
+def test_a_dead_engine_ends_its_replica_with_one_clear_error(trio: Trio) -> None:
+    engine = engine_process(trio.robbed)
+    assert engine is not None
+    engine.kill()
+    assert trio.robbed.process.wait(timeout=60) == 1
+    assert "mars_rollout: the engine died, so this replica ends" in trio.robbed.log
+    until_gone(trio.robbed)
+
+
+@pytest.mark.engine
+def test_sigterm_ends_a_replica_cleanly(trio: Trio) -> None:
+    assert stop_politely(trio.stopped.process) == 0
+    assert "Traceback" not in trio.stopped.log
+    until_gone(trio.stopped)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ending_a_replica_while_its_engine_starts_leaves_nothing(
+    number: signal.Signals, model_dir: Path, tmp_path: Path, redis_url: str
+) -> None:
+    replica = ReplicaProcess(make_workplace(tmp_path, model_dir), {"MARS_REDIS_URL": redis_url})
+    try:
+        while engine_process(replica) is None:
+            assert replica.process.poll() is None, replica.log
+            time.sleep(0.05)
+        replica.process.send_signal(number)
+        assert replica.process.wait(timeout=60) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+        until_gone(replica)
+    finally:
+        replica.end()

@@ -1,0 +1,278 @@
+"""The queue worker and the policy it follows: real Valkey, real weights store, a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from mars_rollout.group import GroupMaker
+from mars_rollout.policy import Policy
+from mars_rollout.render import PromptRenderer
+from mars_rollout.worker import MAX_DEATHS, RolloutWorker
+from mars_shared.contracts import PolicyVersion, RolloutGroup, WeightManifest
+from mars_shared.errors import IntegrityError, NotReadyError
+from mars_shared.queue import Queue, Streams
+from mars_shared.weights import WeightsStore
+from rollout_doubles import ScriptedEngine
+from rollout_fixtures import MAX_PIXELS, Workplace, make_prompt, make_workplace, publish
+
+
+def version(step: int, incarnation: int = 1) -> PolicyVersion:
+    return PolicyVersion(incarnation=incarnation, step=step)
+
+
+@dataclass
+class Shop:
+    """One worker with everything around it."""
+
+    place: Workplace
+    store: WeightsStore
+    engine: ScriptedEngine
+    policy: Policy
+    queue: Queue
+    streams: Streams
+    worker: RolloutWorker
+    put_count: int = 0
+
+    def publish(self, step: int, incarnation: int = 1) -> WeightManifest:
+        tensors = {"weight": torch.full((1,), float(step))}
+        return publish(self.store, tensors, version(step, incarnation), self.place.recipe.model.path)
+
+    async def put(self, payload: bytes | None = None, **changes: object) -> None:
+        self.put_count += 1
+        changes = {"task": f"task-{self.put_count}"} | changes
+        data = payload if payload is not None else make_prompt(self.place.blobs, **changes).model_dump_json().encode()  # type: ignore[arg-type]
+        await self.queue.put(self.streams.prompts, data, dedupe_key=f"key-{self.put_count}", bound=100)
+
+    async def result(self) -> RolloutGroup:
+        claim = None
+        while claim is None:
+            claim = await self.queue.claim(self.streams.rollouts, "test", wait_s=0.2)
+        await self.queue.complete(claim)
+        return RolloutGroup.model_validate_json(claim.payload)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await asyncio.sleep(0.01)
+
+    async def until_empty(self) -> None:
+        while await self.queue.depth(self.streams.prompts):
+            await asyncio.sleep(0.01)
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        stop = asyncio.Event()
+        work = asyncio.create_task(self.worker.run(stop))
+        try:
+            yield
+        finally:
+            stop.set()
+            await work
+
+
+@pytest.fixture
+async def shop(tmp_path: Path, model_dir: Path, redis_url: str, renderer: PromptRenderer) -> AsyncIterator[Shop]:
+    place = make_workplace(tmp_path, model_dir)
+    engine, store = ScriptedEngine(), WeightsStore(tmp_path / "weights")
+    policy = Policy(engine, store, model_dir)
+    queue, streams = Queue(redis_url, lease_s=60.0), Streams(f"w-{tmp_path.name}")
+    maker = GroupMaker(engine, renderer, place.blobs, replica="replica-0", max_pixels=MAX_PIXELS)
+    worker = RolloutWorker(
+        queue,
+        streams,
+        maker,
+        policy,
+        consumer="replica-0",
+        concurrency=2,
+        healthy=lambda: engine.alive and policy.fault is None,
+    )
+    yield Shop(place, store, engine, policy, queue, streams, worker)
+    await queue.close()
+
+
+async def test_a_prompt_is_answered_with_the_version_it_asks_for(shop: Shop) -> None:
+    manifest = shop.publish(3)
+    await shop.put(policy_version=version(3))
+    async with shop.working():
+        group = await shop.result()
+        await shop.until_empty()
+    assert group.policy_version == version(3)
+    assert group.weights_id == manifest.weights_id
+    assert group.pull_s > 0
+
+
+async def test_a_change_waits_for_training_groups_in_flight(shop: Shop) -> None:
+    shop.publish(1)
+    shop.engine.gate.clear()
+    await shop.put(policy_version=version(1))
+    async with shop.working():
+        await shop.until(lambda: shop.engine.running == 3)
+        shop.publish(2)
+        await shop.put(policy_version=version(2))
+        following = asyncio.create_task(shop.policy.follow())
+        await asyncio.sleep(0.3)
+        assert shop.engine.updates == [version(1)]
+        shop.engine.gate.set()
+        groups = [await shop.result(), await shop.result()]
+        following.cancel()
+    assert [group.policy_version for group in groups] == [version(1), version(2)]
+    assert shop.engine.running_at_update == [0, 0]
+
+
+async def test_an_adhoc_request_delays_no_change(shop: Shop) -> None:
+    shop.publish(1)
+    shop.engine.gate.clear()
+    adhoc = asyncio.create_task(shop.worker._maker.make(make_prompt(shop.place.blobs, purpose="adhoc", policy_version=None)))
+    await shop.until(lambda: shop.engine.running == 3)
+    following = asyncio.create_task(shop.policy.follow())
+    await shop.until(lambda: shop.engine.updates == [version(1)])
+    shop.engine.gate.set()
+    await adhoc
+    following.cancel()
+
+
+async def test_staleness_within_the_tolerated_is_not_pulled_away(shop: Shop) -> None:
+    shop.publish(4)
+    await shop.put(policy_version=version(5), max_staleness=1)
+    await shop.put(policy_version=version(3), max_staleness=1)
+    async with shop.working():
+        groups = [await shop.result(), await shop.result()]
+    assert {group.policy_version for group in groups} == {version(4)}
+
+
+async def test_a_prompt_older_than_it_tolerates_is_dead_and_says_why(shop: Shop) -> None:
+    shop.publish(4)
+    await shop.put(policy_version=version(3))
+    async with shop.working():
+        await shop.until_empty()
+    (letter,) = await shop.queue.dead(shop.streams.run)
+    assert "asks for version 1.3 with max_staleness 0, but 1.4 is current" in letter.detail
+
+
+async def test_a_prompt_of_a_dead_incarnation_is_dropped_without_a_trace(shop: Shop) -> None:
+    shop.publish(4, incarnation=2)
+    await shop.put(policy_version=version(4, incarnation=1))
+    async with shop.working():
+        await shop.until_empty()
+    assert await shop.queue.dead(shop.streams.run) == []
+    assert await shop.queue.depth(shop.streams.rollouts) == 0
+
+
+async def test_a_replica_ahead_in_a_dead_incarnation_pulls_back(shop: Shop) -> None:
+    shop.publish(7, incarnation=1)
+    await shop.put(policy_version=version(7, incarnation=1))
+    async with shop.working():
+        await shop.result()
+        shop.publish(5, incarnation=2)
+        await shop.put(policy_version=version(5, incarnation=2))
+        group = await shop.result()
+    assert group.policy_version == version(5, incarnation=2)
+
+
+async def test_a_prompt_waits_for_its_version_to_be_announced(shop: Shop) -> None:
+    shop.publish(1)
+    await shop.put(policy_version=version(2))
+    async with shop.working():
+        await asyncio.sleep(0.4)
+        assert shop.engine.requests == []
+        shop.publish(2)
+        assert (await shop.result()).policy_version == version(2)
+
+
+async def test_bad_input_is_a_dead_letter_at_once_and_others_go_on(shop: Shop) -> None:
+    shop.publish(1)
+    await shop.put(policy_version=version(1), question="Which <|image_pad|>?")
+    await shop.put(b'{"schema_version": 1}')
+    await shop.put(policy_version=version(1))
+    async with shop.working():
+        assert (await shop.result()).group_id == "task-3"
+        await shop.until_empty()
+    letters = {letter.reason: letter.detail for letter in await shop.queue.dead(shop.streams.run)}
+    assert set(letters) == {"InputError", "unreadable"}
+    assert "<|image_pad|>" in letters["InputError"]
+    assert "no Prompt" in letters["unreadable"]
+
+
+async def test_an_engine_error_is_retried_twice_and_then_given_up(shop: Shop) -> None:
+    shop.publish(1)
+    shop.engine.failures = [NotReadyError("dropped once"), NotReadyError("dropped twice")]
+    await shop.put(policy_version=version(1))
+    async with shop.working():
+        await shop.result()
+        shop.engine.failures = [NotReadyError(f"dropped {i}") for i in range(9)]
+        await shop.put(policy_version=version(1))
+        await shop.until_empty()
+    (letter,) = await shop.queue.dead(shop.streams.run)
+    assert letter.reason == "NotReadyError"
+
+
+async def test_a_dead_engine_ends_the_worker_and_leaves_the_prompt_uncounted(shop: Shop) -> None:
+    shop.publish(1)
+    await shop.put(policy_version=version(1))
+    shop.engine.alive = False
+    with pytest.raises(ExceptionGroup) as raised:
+        await shop.worker.run(asyncio.Event())
+    assert raised.group_contains(NotReadyError)
+    (claim,) = await shop.queue.resume(shop.streams.prompts, "replica-0")
+    assert claim.errors == 0
+
+
+async def test_corrupt_weights_end_the_replica_by_name(shop: Shop) -> None:
+    manifest = shop.publish(1)
+    file = shop.store.folder(manifest) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError, match=r"weights 1\.1: .*model\.safetensors"):
+        await shop.policy.follow()
+    assert shop.policy.fault is not None
+    assert shop.engine.updates == []
+
+
+async def test_weights_of_another_model_end_the_replica(shop: Shop) -> None:
+    staged = shop.store.stage()
+    (staged / "model.safetensors").write_bytes(b"whatever")
+    shop.store.publish(staged, run="t", version=version(1), model="0" * 64, dtype="float32")
+    with pytest.raises(IntegrityError, match="are of a model with fingerprint 000"):
+        await shop.policy.follow()
+
+
+async def test_a_lost_lease_drops_the_result(shop: Shop) -> None:
+    shop.publish(1)
+    shop.engine.gate.clear()
+    await shop.put(policy_version=version(1))
+    async with shop.working():
+        await shop.until(lambda: shop.engine.running == 3)
+        await shop.queue.purge(shop.streams.prompts)
+        shop.engine.gate.set()
+        await shop.until(lambda: shop.engine.running == 0)
+        await asyncio.sleep(0.1)
+        assert await shop.queue.depth(shop.streams.rollouts) == 0
+        await shop.put(policy_version=version(1))
+        await shop.result()
+
+
+async def test_a_restarted_replica_takes_up_what_it_held_without_waiting_for_its_lease(shop: Shop) -> None:
+    shop.publish(1)
+    await shop.put(policy_version=version(1), task="held")
+    assert await shop.queue.claim(shop.streams.prompts, "replica-0", wait_s=0) is not None
+    await shop.put(policy_version=version(1), task="later")
+    async with shop.working():
+        assert {(await shop.result()).group_id, (await shop.result()).group_id} == {"held", "later"}
+
+
+async def test_a_prompt_that_every_replica_dies_of_is_given_up(shop: Shop) -> None:
+    shop.publish(1)
+    await shop.put(policy_version=version(1))
+    await shop.queue.claim(shop.streams.prompts, "replica-0", wait_s=0)
+    for _ in range(MAX_DEATHS - 1):
+        await shop.queue.resume(shop.streams.prompts, "replica-0")
+    async with shop.working():
+        await shop.until_empty()
+    (letter,) = await shop.queue.dead(shop.streams.run)
+    assert letter.reason == "replica died"
+    assert shop.engine.requests == []
