@@ -60,7 +60,10 @@ def _without_compose() -> str | None:
     """Why `docker compose` cannot be run here; None if it can."""
     if shutil.which("docker") and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0:
         return None
-    return "`docker compose` is not here; install Docker's compose plugin v2.24 or newer (an engine is not needed)"
+    return (
+        "`docker compose` is not here; install the plugin, version 2.24 or newer: docker-compose in Debian 13, "
+        "docker-compose-plugin from Docker (no engine is needed)"
+    )
 
 
 def _config(form: str, *options: str, secrets: dict[str, str] = SECRETS) -> subprocess.CompletedProcess[str]:

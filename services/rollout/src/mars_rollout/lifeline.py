@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
-from multiprocessing.connection import wait
+import time
+
+POLL_S = 0.5
 
 _watching = threading.Event()
 
 
 def die_with_parent() -> None:
-    """Kill this process as soon as the process that spawned it is gone; a no-op where multiprocessing didn't spawn it.
+    """Kill this process as soon as its parent is gone, even by kill -9. Call it in spawned children alone.
 
-    The parent holds the other end of a pipe that the kernel closes even on kill -9. Unlike
-    prctl's parent-death signal this doesn't fire when only the starting thread ends.
+    An orphan is adopted by another process: its parent's id changes. (prctl's parent-death
+    signal would fire already when the thread that started this process ends.)
     """
-    parent = multiprocessing.parent_process()
-    if parent is None or _watching.is_set():
+    if _watching.is_set():
         return
     _watching.set()
-    threading.Thread(target=_wait_and_die, args=(parent.sentinel,), name="lifeline", daemon=True).start()
+    parent = os.getppid()
+    if os.getsid(parent) != os.getsid(0):
+        _die()  # Adopted before it could look.
+    threading.Thread(target=_watch, args=(parent,), name="lifeline", daemon=True).start()
 
 
-def _wait_and_die(sentinel: int) -> None:
-    wait([sentinel])
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    _die()
+
+
+def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)

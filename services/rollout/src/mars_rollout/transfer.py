@@ -10,6 +10,7 @@ them, and packs again, the copy of a tied output layer included.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ BACKEND = "mars"
 
 def register() -> None:
     """Entry point of the plugin group vllm.general_plugins; vLLM calls it in each of its processes, maybe twice."""
-    die_with_parent()
+    if multiprocessing.parent_process() is not None:
+        die_with_parent()
     if BACKEND in WeightTransferEngineFactory._registry:
         return
     WeightTransferEngineFactory.register_engine(BACKEND, __name__, SnapshotTransfer.__name__)

@@ -96,7 +96,7 @@ class Microbatch:
     def to(self, device: torch.device | str) -> Microbatch:
         """The same with every tensor on `device`."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+        moved: dict[str, Any] = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
         return Microbatch(**moved)
 
 

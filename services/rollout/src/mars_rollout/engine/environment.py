@@ -20,6 +20,7 @@ def configure_environment(threads: int, max_image_pixels: int) -> None:
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
         VLLM_SERVER_DEV_MODE="0",
+        VLLM_WORKER_MULTIPROC_METHOD="spawn",
         VLLM_MEDIA_CONNECTOR=MEDIA_CONNECTOR,
         VLLM_MAX_IMAGE_PIXELS=str(max_image_pixels),
         TORCHDYNAMO_DISABLE="1",
