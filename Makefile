@@ -4,10 +4,11 @@ PYTHON ?= python3
 SEED ?= 0
 DATA ?= digits
 
-.PHONY: help setup demo test verify clean
+# MARS_STACK=cpu or cuda chooses the stack.
+.PHONY: help setup demo test verify warm-start clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 setup: ## create .venv and install everything (CUDA stack if an NVIDIA GPU is there, else CPU); seconds when done
 	@$(PYTHON) deploy/setup_env.py
@@ -23,6 +24,9 @@ test: setup ## lint, types, import rules and all tests
 
 verify: setup ## long checks: three seeds of digits, one of scene
 	@.venv/bin/python benchmarks/verify_demo.py
+
+warm-start: setup ## make models/tiny again from nothing (about 20 minutes on one core)
+	@.venv/bin/mars sft --out models/tiny
 
 clean: ## remove the environment and all runs
 	rm -rf .venv runs

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from mars_shared.settings import Deployment, Recipe
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
+
+from mars_shared.settings import Deployment, Recipe
 
 OUTPUT = Path(__file__).with_name("settings.md")
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -19,7 +20,7 @@ NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Pa
 MEANINGS = {
     "run.seed": "of the order of samples and of every completion",
     "data.dataset": "what is trained on, and held out for evaluations",
-    "rollout.mono_view": "what a mono-source completion sees: `single` one placeholder and name, `repeat` K placeholders of one image",
+    "rollout.mono_view": "a mono-source completion sees `single`: one name and image; `repeat`: the one image K times",
     "rollout.mono_decoding": "`greedy` needs `num_mono` 0 or 1",
     "rollout.temperature": "of sampled completions, and of the trainer's log-probabilities",
     "rollout.top_p": "nucleus of sampled completions",
@@ -103,7 +104,8 @@ def _row(name: str, field: FieldInfo, meaning: str) -> str:
     text = field.description or meaning
     if not text:
         raise LookupError(f"setting {name} has no description; give it one where it is declared")
-    bounds = ", ".join(f"{sign} {getattr(item, key)}" for item in field.metadata for key, sign in BOUNDS.items() if hasattr(item, key))
+    pairs = [(sign, getattr(item, key, None)) for item in field.metadata for key, sign in BOUNDS.items()]
+    bounds = ", ".join(f"{sign} {limit}" for sign, limit in pairs if limit is not None)
     value = f"{_type(field.annotation)} {bounds}".strip()
     return f"| `{name}` | {value} | {_default(field)} | {text} |"
 

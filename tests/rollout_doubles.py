@@ -47,6 +47,11 @@ class ScriptedEngine:
         self.version, self.weights_id = manifest.version, manifest.weights_id
         self.updates.append(manifest.version)
 
+    async def until_running(self, count: int) -> None:
+        """Return once that many requests wait for an answer."""
+        while self.running < count:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
     async def shutdown(self) -> None:
         self.alive = False
 

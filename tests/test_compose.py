@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE, CPU = ROOT / "docker-compose.yml", ROOT / "docker-compose.cpu.yml"
+BASE, CPU = ROOT / "docker-compose.yml", ROOT / "compose.cpu.yml"
 DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
 FORMS = {"gpu": [BASE], "cpu": [BASE, CPU]}
 SERVICES = {"redis", "reward", "rollout", "trainer"}

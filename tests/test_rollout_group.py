@@ -46,8 +46,7 @@ async def test_all_views_are_sent_at_once_and_images_are_shared(
 ) -> None:
     scripted.gate.clear()
     work = asyncio.create_task(making.make(adhoc(make_prompt(workplace.blobs))))
-    while scripted.running < 3:
-        await asyncio.sleep(0.01)
+    await scripted.until_running(3)
     multi, visible, infrared = scripted.requests
     assert [request.n for request in scripted.requests] == [4, 2, 2]
     assert multi.images[0] is visible.images[0] and multi.images[1] is infrared.images[0]
@@ -81,8 +80,7 @@ async def test_a_training_group_of_two_versions_is_refused(
 ) -> None:
     scripted.gate.clear()
     work = asyncio.create_task(making.make(make_prompt(workplace.blobs)))
-    while scripted.running < 3:
-        await asyncio.sleep(0.01)
+    await scripted.until_running(3)
     scripted.version = scripted.version.model_copy(update={"step": 9})
     scripted.gate.set()
     with pytest.raises(NotReadyError, match=r"task-1: weights changed from 0\.0 to \['0\.9'\]"):

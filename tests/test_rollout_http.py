@@ -13,7 +13,7 @@ import pytest
 from openai import OpenAI
 
 from mars_rollout.adhoc import GroupAnswer
-from mars_shared.contracts import PolicyVersion, RolloutGroup
+from mars_shared.contracts import PolicyVersion, ScoredGroup
 from mars_shared.queue import Queue, Streams
 from rollout_fixtures import MAX_MODEL_LEN, History, ReplicaProcess, Workplace, make_prompt, png
 
@@ -63,18 +63,8 @@ def test_without_a_truth_there_are_no_scores(client: httpx.Client) -> None:
 def test_curl_sends_files_by_source_name(replica: ReplicaProcess, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(0))
     (tmp_path / "b.png").write_bytes(png(1))
-    form = [
-        "-F",
-        "visible=@a.png",
-        "-F",
-        "infrared=@b.png",
-        "-F",
-        "question=Which digit?",
-        "-F",
-        "truth=7",
-        "-F",
-        "num_generations=2",
-    ]
+    parts = ["visible=@a.png", "infrared=@b.png", "question=Which digit?", "truth=7", "num_generations=2"]
+    form = [word for part in parts for word in ("-F", part)]
     done = subprocess.run(["curl", "-sS", *form, f"{replica.url}/v1/rollouts"], cwd=tmp_path, capture_output=True, check=True)
     answer = GroupAnswer.model_validate_json(done.stdout)
     assert [source.name for source in answer.group.prompt.sources] == ["visible", "infrared"]
@@ -136,9 +126,8 @@ def test_a_wrong_request_gets_one_clear_error(name: str, client: httpx.Client) -
 def test_other_content_types_and_broken_bodies_are_refused(client: httpx.Client) -> None:
     assert client.post("/v1/rollouts", content=b"x", headers={"content-type": "text/plain"}).status_code == 415
     assert client.post("/v1/rollouts", content=b"{", headers={"content-type": "application/json"}).status_code == 422
-    assert (
-        client.post("/v1/rollouts", content=b"x", headers={"content-type": "multipart/form-data; boundary=y"}).status_code == 422
-    )
+    form = {"content-type": "multipart/form-data; boundary=y"}
+    assert client.post("/v1/rollouts", content=b"x", headers=form).status_code == 422
     twice = client.post("/v1/rollouts", files=[("question", (None, "a")), ("question", (None, "b")), ("v", ("v", png(0)))])
     assert twice.status_code == 422 and "question" in twice.text
 
@@ -212,13 +201,7 @@ async def test_a_prompt_in_the_queue_becomes_the_same_group_as_any_time(
             # The reward service listens too: what it forwards holds the group.
             claim = await queue.claim(streams.scored("train"), "test", wait_s=0.5)
         await queue.complete(claim)
-        groups.append(RolloutGroup.model_validate_json(_group_json(claim.payload)))
+        groups.append(ScoredGroup.model_validate_json(claim.payload).group)
     assert [c.model_dump() for c in groups[0].completions] == [c.model_dump() for c in groups[1].completions]
     assert groups[0].policy_version == PolicyVersion(incarnation=1, step=10)
     await queue.close()
-
-
-def _group_json(scored: bytes) -> bytes:
-    import json
-
-    return json.dumps(json.loads(scored)["group"]).encode()

@@ -58,11 +58,11 @@ class Shop:
         return RolloutGroup.model_validate_json(claim.payload)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     async def until_empty(self) -> None:
-        while await self.queue.depth(self.streams.prompts):
+        while await self.queue.depth(self.streams.prompts):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     @asynccontextmanager

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from mars_rollout.lifeline import die_with_parent
-
-if __name__ == "__mp_main__":
-    # The engine's process imports this module first, long before it loads our plugin.
-    die_with_parent()
-
 import argparse
 import asyncio
 import signal

@@ -40,12 +40,33 @@ MAX_IMAGE_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A stretch of steps with one mixture; the learning rate warms up and falls in each.
+
+    Attributes:
+        samples: demonstrations a step, by dataset.
+        learning_rate: its highest value.
+    """
+
+    steps: int
+    samples: tuple[tuple[DatasetName, int], ...]
+    learning_rate: float
+
+
+PHASES = (
+    Phase(1000, ((DatasetName.DIGITS, 32), (DatasetName.SCENE, 16)), 2e-3),
+    Phase(500, ((DatasetName.DIGITS, 8), (DatasetName.SCENE, 32)), 1e-3),
+)
+"""Digits come first, since what they teach to see makes boxes quicker to learn."""
+
+
+@dataclass(frozen=True)
 class SftConfig:
     """What a warm start depends on, besides package versions and CPU type.
 
     Attributes:
         out: folder of the model; made if it doesn't exist, files in it replaced.
-        samples: demonstrations a step, by dataset.
+        steps: stop after so many; None: go through all phases.
         mono_share: share of single-source demonstrations.
         right_share: share of right answers among demonstrations on pairs.
         snapshot_every: steps between whole model folders beside `out` (named out-STEP); 0: none.
@@ -53,9 +74,8 @@ class SftConfig:
 
     out: Path
     seed: int = 0
-    steps: int = 1000
-    samples: tuple[tuple[DatasetName, int], ...] = ((DatasetName.DIGITS, 32), (DatasetName.SCENE, 16))
-    learning_rate: float = 2e-3
+    phases: tuple[Phase, ...] = PHASES
+    steps: int | None = None
     warmup_steps: int = 50
     mono_share: float = 0.85
     right_share: float = 0.6
@@ -81,33 +101,38 @@ def sft(config: SftConfig, report: Callable[[str], None]) -> Path:
     torch.use_deterministic_algorithms(True)
     model = write_tiny(config.out, config.seed)
     processor = AutoProcessor.from_pretrained(config.out, local_files_only=True)
-    policy = Policy(model, processor, layout_of(model, processor))
-    datasets = [(load_dataset(name), count) for name, count in config.samples]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    rng = np.random.default_rng(config.seed)
-    started = time.monotonic()
-    for step in range(1, config.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step, config)
-        losses = {dataset.name: _loss(policy, dataset, count, config, rng) for dataset, count in datasets}
-        optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 25 == 0 or step == config.steps:
-            values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            report(f"warm start: step {step} of {config.steps}, loss {values}, {time.monotonic() - started:.0f} s")
-        if config.snapshot_every and step % config.snapshot_every == 0:
-            write_tiny(config.out.with_name(f"{config.out.name}-{step}"), config.seed)
-            save_policy(model, config.out.with_name(f"{config.out.name}-{step}"))
+    train(Policy(model, processor, layout_of(model, processor)), config, report)
     save_policy(model, config.out)
     return config.out
 
 
-def _schedule(step: int, config: SftConfig) -> float:
+def train(policy: Policy, config: SftConfig, report: Callable[[str], None]) -> None:
+    """Train a policy in place through all phases."""
+    optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
+    rng = np.random.default_rng(config.seed)
+    started = time.monotonic()
+    schedule = [(phase, step) for phase in config.phases for step in range(1, phase.steps + 1)][: config.steps]
+    for number, (phase, phase_step) in enumerate(schedule, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = phase.learning_rate * _rate_factor(phase_step, phase.steps, config.warmup_steps)
+        losses = {name: _loss(policy, load_dataset(name), count, config, rng) for name, count in phase.samples}
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        if number % 25 == 0 or number == len(schedule):
+            values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+            report(f"warm start: step {number} of {len(schedule)}, loss {values}, {time.monotonic() - started:.0f} s")
+        if config.snapshot_every and number % config.snapshot_every == 0:
+            folder = config.out.with_name(f"{config.out.name}-{number}")
+            write_tiny(folder, config.seed)
+            save_policy(policy.model, folder)
+
+
+def _rate_factor(step: int, steps: int, warmup_steps: int) -> float:
     """Linear warm-up, then a cosine down to a twentieth."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    return min(1.0, step / config.warmup_steps) * (0.05 + 0.95 * cosine)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, step / warmup_steps) * (0.05 + 0.95 * cosine)
 
 
 def _loss(policy: Policy, dataset: Dataset, count: int, config: SftConfig, rng: np.random.Generator) -> Tensor:
@@ -170,7 +195,7 @@ def main() -> None:
     """The command line; every option has SftConfig's default."""
     parser = argparse.ArgumentParser(prog="mars_trainer.sft", description="Warm-start a tiny policy.")
     parser.add_argument("--out", type=Path, required=True)
-    for name, kind in (("seed", int), ("steps", int), ("threads", int), ("snapshot-every", int), ("learning-rate", float)):
+    for name, kind in (("seed", int), ("steps", int), ("threads", int), ("snapshot-every", int)):
         parser.add_argument(f"--{name}", type=kind, default=getattr(SftConfig, name.replace("-", "_")))
     sft(SftConfig(**vars(parser.parse_args())), report=_write_line)
 

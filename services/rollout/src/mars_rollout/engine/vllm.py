@@ -17,9 +17,11 @@ from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from mars_rollout.engine.base import BASE_VERSION, BASE_WEIGHTS_ID, EngineAnswer, EngineCompletion, EngineRequest
+from mars_rollout.engine.child import run_engine_core
 from mars_rollout.transfer import BACKEND
 from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
 from mars_shared.errors import IntegrityError, NotReadyError
@@ -126,6 +128,8 @@ class VllmEngine:
     @classmethod
     async def start(cls, recipe: Recipe) -> VllmEngine:
         """Load the base model; takes 10 s and more, without blocking the event loop."""
+        # vLLM gives its child process this target, by name.
+        EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
         llm = await asyncio.to_thread(PolicyLLM.from_engine_args, engine_args(recipe))
         await llm.update_weight_version(str(BASE_VERSION))
         return cls(llm)
@@ -163,18 +167,20 @@ class VllmEngine:
         return EngineAnswer(tuple(final.prompt_token_ids), tuple(_completion(sample) for sample in samples))
 
     async def update(self, manifest: WeightManifest, folder: Path) -> None:
-        # Until the change has succeeded nobody knows which weights the engine holds.
-        self._whole = False
         files = [str(folder / file.name) for file in manifest.files if file.name.endswith(".safetensors")]
+        changed = False
         try:
             await self.llm.apply_snapshot(files, str(manifest.version), manifest.weights_id)
+            changed = True
         except EngineDeadError as error:
             raise NotReadyError("the engine died while its weights changed") from error
         except Exception as error:  # vLLM reports a failed call by no narrower class
             raise IntegrityError(f"weights {manifest.version} in {folder} cannot be applied: {error}") from error
+        finally:
+            # After a change that failed or was cut off nobody knows which weights the engine holds.
+            self._whole = self._whole and changed
         self._version = manifest.version
         self._weights_id = manifest.weights_id
-        self._whole = True
 
     async def shutdown(self) -> None:
         await asyncio.to_thread(self.llm.shutdown, SHUTDOWN_S)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from mars_shared.settings import DatasetName
 from mars_trainer.datasets.base import Dataset, LazySplit, Sample, Split
 from mars_trainer.datasets.digits import DigitsDataset
@@ -10,6 +12,7 @@ from mars_trainer.datasets.scene import SceneDataset
 __all__ = ["Dataset", "DigitsDataset", "LazySplit", "Sample", "SceneDataset", "Split", "load_dataset"]
 
 
+@cache
 def load_dataset(name: DatasetName | str) -> Dataset:
     """The dataset of that name; ValueError names the known ones if there is none."""
     match DatasetName(name):

@@ -1,0 +1,19 @@
+"""Where the engine's process begins: watching its parent, before vLLM is imported and long before it runs."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+from mars_rollout.lifeline import die_with_parent
+
+if multiprocessing.current_process().name != "MainProcess":
+    # A spawned process looks its target up first; what comes next, vLLM's imports, takes many seconds.
+    die_with_parent()
+
+
+def run_engine_core(*args: Any, **kwargs: Any) -> None:
+    """Target of the engine's process: vLLM's own, which by itself outlives a parent that was killed."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    EngineCoreProc.run_engine_core(*args, **kwargs)

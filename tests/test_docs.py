@@ -1,0 +1,171 @@
+"""The documents say what the code is: settings, metrics, routes, subcommands, links and paths."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from prometheus_client import REGISTRY
+from typer.main import get_command
+
+from builders import scored_with
+from mars_reward.app import build_app as reward_app
+from mars_rollout.app import build_app as rollout_app
+from mars_shared.cli import app as command_line
+from mars_shared.contracts import PolicyVersion
+from mars_shared.settings import Deployment
+from mars_trainer.algorithm.advantages import mars_advantages
+from mars_trainer.app import build_app as trainer_app
+from mars_trainer.learner import _metrics as learner_metrics
+from mars_trainer.loop import Progress
+from mars_trainer.metrics import rollout_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+SOURCES = [ROOT / "shared/src", *sorted(ROOT.glob("services/*/src"))]
+FOLDERS = {path.name for base in (ROOT, *SOURCES) for path in base.iterdir() if path.is_dir()} - {"runs", ".venv", "mars"}
+SUFFIXES = {".py", ".md", ".toml", ".yml", ".txt", ".sh", ".jinja"}
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+def code_of(document: Path) -> Iterator[str]:
+    """What stands in code blocks, line by line, and in code spans."""
+    text = document.read_text(encoding="utf-8")
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S):
+        yield from block.splitlines()
+    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+def table_keys(name: str, column: int) -> set[str]:
+    """What stands in code spans in a column of a document's tables."""
+    lines = (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
+    cells = [line.split(" | ")[column].strip("| ") for line in lines if line.startswith("| ") and line.count(" | ") > column]
+    return {key for cell in cells for key in re.findall(r"`([^`]+)`", cell)}
+
+
+def load_generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_settings", ROOT / "docs/generate_settings.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_settings_document_is_the_one_that_the_declarations_make() -> None:
+    written = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    assert written == load_generator().render(), "docs/settings.md is stale; run: .venv/bin/python docs/generate_settings.py"
+
+
+def test_every_variable_of_ours_is_documented() -> None:
+    files = [*ROOT.glob("*compose*.yml"), *ROOT.glob("deploy/**/*.py"), ROOT / "Makefile", ROOT / ".ci/run"]
+    files += [file for source in SOURCES for file in source.rglob("*.py")]
+    used = {name for file in files for name in re.findall(r"\bMARS_[A-Z0-9_]*[A-Z0-9]\b", file.read_text(encoding="utf-8"))}
+    documented = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("settings.md", "docker.md"))
+    assert used - set(re.findall(r"MARS_[A-Z0-9_]+", documented)) == set()
+
+
+@each_document
+def test_every_relative_link_leads_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
+    for link in [link for link in links if not re.match(r"[a-z]+:", link)]:
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), f"{document.name}: {link} leads nowhere"
+        assert not anchor or anchor in anchors_of(target), f"{document.name}: {link} names no heading"
+
+
+def anchors_of(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_every_path_that_is_named_exists(document: Path) -> None:
+    for code in code_of(document):
+        for word in re.findall(r"(?<![\w/.:<$-])[\w.][\w.*-]*(?:/[\w.*-]+)*/?(?![\w/<{])", code):
+            if is_path(word):
+                assert exists(word), f"{document.name}: there is no {word}"
+
+
+def is_path(word: str) -> bool:
+    first, slash, _ = word.partition("/")
+    inside = bool(slash) and first in FOLDERS
+    return "..." not in word and (inside or (not slash and Path(word).suffix in SUFFIXES))
+
+
+def exists(word: str) -> bool:
+    """From the root, or inside a package; capitals may stand for any word (constraints-STACK.txt)."""
+    patterns = (word.rstrip("/"), re.sub(r"[A-Z]{2,}", "*", word.rstrip("/")))
+    bases = (ROOT, ROOT / "docs", *SOURCES, *(package for source in SOURCES for package in source.iterdir() if package.is_dir()))
+    return any(next(base.glob(pattern), None) is not None for base in bases for pattern in patterns)
+
+
+def subcommands() -> set[str]:
+    command: Any = get_command(command_line)
+    return set(command.commands)
+
+
+@each_document
+def test_every_documented_subcommand_exists(document: Path) -> None:
+    named = {name for code in code_of(document) for name in re.findall(r"(?:^|[\s/(])mars ([a-z][a-z-]*)", code)}
+    assert named - subcommands() == set()
+
+
+def test_every_subcommand_is_documented() -> None:
+    code = "\n".join(line for document in DOCUMENTS for line in code_of(document))
+    assert {name for name in subcommands() if f"mars {name}" not in code} == set()
+
+
+def routes_of(app: FastAPI) -> set[str]:
+    return {f"{method} {route.path}" for route in app.routes if isinstance(route, APIRoute) for method in route.methods}
+
+
+def openai_routes() -> set[str]:
+    """Read from the source, since importing vLLM takes long."""
+    tree = ast.parse((ROOT / "services/rollout/src/mars_rollout/engine/http.py").read_text(encoding="utf-8"))
+    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "OPENAI_ROUTES"]
+    assert isinstance(values[0], ast.Call)
+    return set(ast.literal_eval(values[0].args[0]))
+
+
+def test_every_route_is_documented_and_every_documented_route_exists(clean_environment: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    stage: Any = None
+    progress = Progress(run="test", steps=1, version=PolicyVersion(incarnation=1, step=0))
+    apps = (
+        reward_app(Deployment(), recipe="paper", ready=lambda: None),
+        rollout_app(Deployment(), stage, ready=lambda: None),
+        trainer_app(Deployment(), progress),
+    )
+    assert set(re.findall(r"^### `(\w+ /\S+)`$", text, re.M)) == {route for app in apps for route in routes_of(app)}
+    openai = text.partition("### vLLM's OpenAI routes")[2].partition("## Reward service")[0]
+    assert set(re.findall(r"`(?:GET|POST) (/\S+)`", openai)) == openai_routes()
+
+
+def test_every_training_metric_is_documented_and_the_other_way_round() -> None:
+    scored = scored_with((1, 0), {"visible": (1,), "infrared": (0,)})
+    advantages = mars_advantages((1, 0), {"visible": (1,), "infrared": (0,)})
+    totals: Any = dict.fromkeys(("loss", "kl", "entropy", "clip_low", "clip_high", "grad_norm", "tokens"), 1.0)
+    totals |= {"sampler_difference": 1.0, "sampler_difference_max": 1.0}
+    found = set(rollout_metrics([scored], [advantages]) | learner_metrics(totals, updates=1, learning_rate=1.0))
+    named = {re.sub(r"^gain/.*", "gain/<source>", re.sub(r"^reward/.*", "reward/<part>", name)) for name in found}
+    metrics = (ROOT / "docs/metrics.md").read_text(encoding="utf-8").partition("## Event log")[0]
+    assert set(re.findall(r"^\| `([^`]+)`", metrics, re.M)) == named
+    assert set(re.findall(r'name="([^"]+)"', metrics)) == named
+
+
+def test_every_prometheus_metric_of_ours_is_documented_and_the_other_way_round() -> None:
+    import mars_rollout.metrics  # noqa: F401  # registers its metrics
+
+    counters = {metric.name: "_total" if metric.type == "counter" else "" for metric in REGISTRY.collect()}
+    ours = {f"{name}{suffix}" for name, suffix in counters.items() if name.startswith("mars_") and not name.endswith("_created")}
+    assert {key.partition("{")[0] for key in table_keys("metrics.md", 1) if key.startswith("mars_")} == ours

@@ -1,0 +1,387 @@
+"""The trainer's end of the queue, on a real Valkey; a small worker here stands for replicas and reward service."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from builders import make_group, make_prompt, make_score, make_scored
+from mars_shared.contracts import Prompt, Purpose, ScoredGroup
+from mars_shared.errors import QueueUnavailableError
+from mars_shared.queue import Claim, DeadLetter, PutResult, Queue, Streams
+from mars_shared.server import EmbeddedValkey
+from mars_trainer import exchange as exchange_module
+from mars_trainer.exchange import Answer, Exchange, trainer_queue
+
+PATIENT_S = 30.0
+
+
+def scored(prompt: Prompt) -> ScoredGroup:
+    group = make_group(prompt)
+    return make_scored(group, [make_score(1.0)] * len(group.completions))
+
+
+@dataclass
+class Worker:
+    """Claims prompts, hands them on as rollouts, then as scored groups, as the two services do."""
+
+    queue: Queue
+    run: str
+    refuse: frozenset[int] = frozenset()
+    lose: set[int] = field(default_factory=set)
+    seen: list[str] = field(default_factory=list)
+
+    async def step(self) -> bool:
+        """Move one entry on; False if there is none."""
+        streams = Streams(self.run)
+        claim = await self.queue.claim(streams.prompts, "replica", wait_s=0)
+        if claim is not None:
+            await self._make(claim)
+            return True
+        claim = await self.queue.claim(streams.rollouts, "scorer", wait_s=0)
+        if claim is None:
+            return False
+        group = ScoredGroup.model_validate_json(claim.payload)
+        await self.queue.complete(claim, forward=streams.scored(group.group.prompt.purpose), payload=claim.payload)
+        return True
+
+    async def _make(self, claim: Claim) -> None:
+        prompt = Prompt.model_validate_json(claim.payload)
+        self.seen.append(prompt.task_id)
+        if prompt.dispatch_index in self.refuse:
+            await self.queue.dead_letter(claim, "ImageError", "source 'visible' is torn")
+        elif prompt.dispatch_index in self.lose:
+            self.lose.remove(prompt.dispatch_index)
+            await self.queue.acknowledge([claim])
+        else:
+            await self.queue.complete(
+                claim, forward=Streams(self.run).rollouts, payload=scored(prompt).model_dump_json().encode()
+            )
+
+
+@asynccontextmanager
+async def working(worker: Worker) -> AsyncIterator[Worker]:
+    """The worker beside the test, through all failures of Redis."""
+
+    async def work() -> None:
+        while True:
+            try:
+                if not await worker.step():
+                    await asyncio.sleep(0.01)
+            except QueueUnavailableError:
+                await asyncio.sleep(0.05)
+
+    task = asyncio.create_task(work())
+    try:
+        yield worker
+        assert not task.done(), task.exception()
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@pytest.fixture
+async def queue(valkey: EmbeddedValkey) -> AsyncIterator[Queue]:
+    queue = trainer_queue(valkey.url)
+    yield queue
+    await queue.close()
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks for what is lost or dead every moment, where a run looks every few seconds."""
+    monkeypatch.setattr(exchange_module, "RECONCILE_S", 0.3)
+    monkeypatch.setattr(exchange_module, "LOOK_FOR_DEAD_S", 0.1)
+    monkeypatch.setattr(exchange_module, "RECONNECT_S", 0.1)
+
+
+@pytest.fixture
+def exchange(queue: Queue, run_name: str, fast: None) -> Exchange:
+    return make_exchange(queue, run_name)
+
+
+def make_exchange(queue: Queue, run: str, *, purpose: Purpose = Purpose.TRAIN, issuer: str = "1", bound: int = 1000) -> Exchange:
+    return Exchange(queue, run, purpose, issuer=issuer, bound=bound)
+
+
+def prompts_of(run: str, *indices: int, purpose: Purpose = Purpose.TRAIN) -> list[Prompt]:
+    return [make_prompt(index, run=run, purpose=purpose) for index in indices]
+
+
+async def patiently(answer: Awaitable[list[Answer]]) -> list[Answer]:
+    return await asyncio.wait_for(answer, PATIENT_S)
+
+
+def indices(answers: list[Answer]) -> list[int]:
+    return [answer.scored.group.prompt.dispatch_index for answer in answers]
+
+
+async def depths(queue: Queue, run: str) -> dict[str, int]:
+    streams = Streams(run)
+    names = {"prompts": streams.prompts, "rollouts": streams.rollouts, "scored": streams.scored(Purpose.TRAIN), "dead": streams.dead}
+    return {name: await queue.depth(stream) for name, stream in names.items()}
+
+
+async def test_answers_come_in_dispatch_order_and_stay_in_the_stream_until_acknowledged(
+    exchange: Exchange, patient_queue: Queue, run_name: str
+) -> None:
+    await exchange.start()
+    async with working(Worker(patient_queue, run_name)):
+        answers = await patiently(exchange.gather(prompts_of(run_name, 3, 1, 2)))
+    assert indices(answers) == [1, 2, 3] and exchange.outstanding == 0
+    assert answers[0].scored == scored(make_prompt(1, run=run_name))
+    assert await depths(exchange.queue, run_name) == {"prompts": 0, "rollouts": 0, "scored": 3, "dead": 0}
+    await exchange.acknowledge(answers)
+    assert await depths(exchange.queue, run_name) == {"prompts": 0, "rollouts": 0, "scored": 0, "dead": 0}
+
+
+async def test_nothing_asked_is_answered_at_once(exchange: Exchange) -> None:
+    assert await patiently(exchange.gather([])) == []
+
+
+async def test_no_more_prompts_wait_than_the_bound_and_all_are_answered(queue: Queue, patient_queue: Queue, run_name: str, fast: None) -> None:
+    exchange = make_exchange(queue, run_name, bound=3)
+    gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(10))))
+    while exchange.outstanding < 3:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.4)
+    assert await queue.depth(exchange.streams.prompts) == 3 == exchange.outstanding
+    async with working(Worker(patient_queue, run_name)):
+        assert indices(await patiently(gathering)) == list(range(10))
+
+
+async def test_a_second_answer_is_dropped(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+    payload = scored(make_prompt(1, run=run_name)).model_dump_json().encode()
+    stream = exchange.streams.scored(Purpose.TRAIN)
+    for key in ("1/train-00000001/7", "1/train-00000001/8"):
+        await patient_queue.put(stream, payload, dedupe_key=key, bound=10)
+    async with working(Worker(patient_queue, run_name)):
+        answers = await patiently(exchange.gather(prompts_of(run_name, 1, 2)))
+    assert indices(answers) == [1, 2]
+    assert await exchange.queue.depth(stream) <= 3  # the two that count, and at most one that comes too late to be looked at
+    assert indices(await patiently(asyncio.wait_for(answers_after(exchange, patient_queue, run_name), PATIENT_S))) == [3]
+    assert await exchange.queue.depth(stream) == 3
+
+
+async def answers_after(exchange: Exchange, queue: Queue, run: str) -> list[Answer]:
+    async with working(Worker(queue, run)):
+        return await exchange.gather(prompts_of(run, 3))
+
+
+async def test_a_dead_prompt_gives_its_place_to_its_replacement(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+    letters: list[tuple[int, DeadLetter]] = []
+
+    def replace(prompt: Prompt, letter: DeadLetter) -> Prompt:
+        letters.append((prompt.dispatch_index, letter))
+        return make_prompt(prompt.dispatch_index + 100, run=run_name)
+
+    async with working(Worker(patient_queue, run_name, refuse=frozenset({2, 102}))):
+        answers = await patiently(exchange.gather(prompts_of(run_name, 1, 2, 3), replace=replace))
+    assert indices(answers) == [1, 3, 202]
+    assert [(index, letter.reason, letter.detail) for index, letter in letters] == [
+        (2, "ImageError", "source 'visible' is torn"),
+        (102, "ImageError", "source 'visible' is torn"),
+    ]
+    assert (await depths(exchange.queue, run_name))["dead"] == 2
+
+
+async def test_without_a_replacement_there_is_one_answer_fewer(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+    async with working(Worker(patient_queue, run_name, refuse=frozenset({1, 2}))):
+        assert indices(await patiently(exchange.gather(prompts_of(run_name, 1, 2, 3)))) == [3]
+        assert await patiently(exchange.gather(prompts_of(run_name, 1))) == []
+
+
+async def test_more_prompts_may_die_at_once_than_one_look_shows(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+    dead: list[int] = []
+
+    def replace(prompt: Prompt, letter: DeadLetter) -> None:
+        dead.append(prompt.dispatch_index)
+
+    await exchange.start()
+    gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(130)), replace=replace))
+    worker = Worker(patient_queue, run_name, refuse=frozenset(range(130)))
+    while await patient_queue.depth(exchange.streams.prompts) < 130:
+        await asyncio.sleep(0.01)
+    claims = [await patient_queue.claim(exchange.streams.prompts, "replica", wait_s=0) for _ in range(130)]
+    await asyncio.gather(*(patient_queue.dead_letter(claim, "ImageError", "torn") for claim in claims if claim))
+    async with working(worker):
+        assert await patiently(gathering) == []
+    assert sorted(dead) == list(range(130))
+
+
+async def test_old_dead_letters_and_those_of_another_incarnation_bury_nobody(queue: Queue, patient_queue: Queue, run_name: str, fast: None) -> None:
+    async with working(Worker(patient_queue, run_name, refuse=frozenset({1}))):
+        assert await patiently(make_exchange(queue, run_name).gather(prompts_of(run_name, 1))) == []
+    again = make_exchange(queue, run_name, issuer="2")
+    await again.start()
+    async with working(Worker(patient_queue, run_name)):
+        gathering = asyncio.create_task(again.gather(prompts_of(run_name, 1)))
+        late = await patient_queue.put(again.streams.rollouts, b"x", dedupe_key="1/train-00000001/0", bound=9)
+        assert late in (PutResult.PUT, PutResult.DUPLICATE)
+        assert indices(await patiently(gathering)) == [1]
+
+
+async def test_a_scored_entry_that_is_rubbish_is_dead_lettered_and_the_run_goes_on(
+    exchange: Exchange, patient_queue: Queue, run_name: str
+) -> None:
+    await exchange.start()
+    stream = exchange.streams.scored(Purpose.TRAIN)
+    for key, payload in (("rubbish", b"\xff"), ("", b"{}"), ("1/train-00000009", b"[]")):
+        await patient_queue.put(stream, payload, dedupe_key=key, bound=10)
+    worker = Worker(patient_queue, run_name)
+    gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, 1)))
+    while await patient_queue.depth(exchange.streams.dead) < 3:
+        assert not gathering.done(), gathering.exception()
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.5)  # time to look at the dead
+    async with working(worker):
+        assert indices(await patiently(gathering)) == [1]
+    letters = await patient_queue.dead(run_name)
+    assert {letter.reason for letter in letters} == {"not a scored group of schema 1"}
+
+
+async def test_a_prompt_that_redis_lost_is_asked_again(
+    exchange: Exchange, patient_queue: Queue, run_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with working(Worker(patient_queue, run_name, lose={1, 3})) as worker:
+        with caplog.at_level(logging.WARNING):
+            answers = await patiently(exchange.gather(prompts_of(run_name, 1, 2, 3)))
+    assert indices(answers) == [1, 2, 3]
+    assert sorted(worker.seen) == sorted(["train-00000001", "train-00000003"] * 2 + ["train-00000002"])
+    assert "prompt train-00000001 is in no stream" in caplog.text
+
+
+async def test_a_prompt_lost_twice_is_asked_a_third_time(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+    async with working(Worker(patient_queue, run_name, lose={1})) as worker:
+        gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, 1)))
+        while worker.lose:
+            await asyncio.sleep(0.01)
+        worker.lose.add(1)
+        assert indices(await patiently(gathering)) == [1]
+    assert worker.seen == ["train-00000001"] * 3
+
+
+async def test_what_is_only_slow_is_not_asked_again(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+    gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, 1, 2)))
+    claim = await patient_queue.claim(exchange.streams.prompts, "slow", wait_s=PATIENT_S)
+    await asyncio.sleep(1.0)  # several reconciliations, with one prompt waiting and one in a replica's hands
+    assert claim is not None
+    prompt = Prompt.model_validate_json(claim.payload)
+    await patient_queue.complete(
+        claim, forward=exchange.streams.rollouts, payload=scored(prompt).model_dump_json().encode()
+    )
+    await asyncio.sleep(0.5)
+    async with working(Worker(patient_queue, run_name)) as worker:
+        assert indices(await patiently(gathering)) == [1, 2]
+    assert len(worker.seen) == 1
+
+
+async def test_an_answer_whose_delivery_was_lost_on_the_way_still_arrives(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+    # The server handed the entry to "trainer", and the connection broke before the trainer saw it.
+    stream = exchange.streams.scored(Purpose.TRAIN)
+    payload = scored(make_prompt(1, run=run_name)).model_dump_json().encode()
+    await patient_queue.put(stream, payload, dedupe_key="1/train-00000001/0", bound=10)
+    assert await patient_queue.claim(stream, "trainer", wait_s=0) is not None
+    async with working(Worker(patient_queue, run_name)):
+        # The prompt itself is a duplicate or not: either way its answer must come.
+        assert indices(await patiently(exchange.gather(prompts_of(run_name, 1)))) == [1]
+
+
+async def test_the_same_prompts_can_be_asked_again_later(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+    async with working(Worker(patient_queue, run_name)):
+        for _ in range(2):
+            answers = await patiently(exchange.gather(prompts_of(run_name, 1, 2)))
+            assert indices(answers) == [1, 2]
+            await exchange.acknowledge(answers)
+
+
+async def test_a_restarted_trainer_clears_what_its_predecessor_left(queue: Queue, patient_queue: Queue, run_name: str, fast: None) -> None:
+    before = make_exchange(queue, run_name)
+    gathering = asyncio.create_task(before.gather(prompts_of(run_name, *range(4))))
+    worker = Worker(patient_queue, run_name)
+    while before.outstanding < 4:
+        await asyncio.sleep(0.01)
+    for _ in range(2):
+        assert await worker.step()
+    gathering.cancel()
+    again = make_exchange(queue, run_name, issuer="2")
+    await again.start()
+    assert await depths(queue, run_name) == {"prompts": 0, "rollouts": 0, "scored": 0, "dead": 0}
+    async with working(worker):
+        assert indices(await patiently(again.gather(prompts_of(run_name, *range(4))))) == [0, 1, 2, 3]
+
+
+async def test_training_and_evaluation_do_not_take_each_others_answers(queue: Queue, patient_queue: Queue, run_name: str, fast: None) -> None:
+    training, evaluation = (make_exchange(queue, run_name, purpose=purpose) for purpose in (Purpose.TRAIN, Purpose.EVAL))
+    for exchange in (training, evaluation):
+        await exchange.start()
+    async with working(Worker(patient_queue, run_name, refuse=frozenset({2}))):
+        trained, evaluated = await asyncio.gather(
+            patiently(training.gather(prompts_of(run_name, 1, 2))),
+            patiently(evaluation.gather(prompts_of(run_name, 1, 2, 3, purpose=Purpose.EVAL))),
+        )
+    assert indices(trained) == [1] and indices(evaluated) == [1, 3]
+    assert {answer.scored.group.prompt.purpose for answer in evaluated} == {Purpose.EVAL}
+
+
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> EmbeddedValkey:
+    return EmbeddedValkey(tmp_path / "valkey")
+
+
+@pytest.mark.parametrize("keeps_its_data", [True, False])
+async def test_redis_may_die_in_the_middle_with_its_data_or_without(
+    own_valkey: EmbeddedValkey, run_name: str, fast: None, keeps_its_data: bool
+) -> None:
+    own_valkey.start()
+    queue, worker_queue = trainer_queue(own_valkey.url), Queue(own_valkey.url, lease_s=1.0)
+    try:
+        exchange = make_exchange(queue, run_name)
+        await exchange.start()
+        gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(6))))
+        worker = Worker(worker_queue, run_name)
+        while exchange.outstanding < 6:
+            await asyncio.sleep(0.01)
+        for _ in range(4):
+            assert await worker.step()
+        await asyncio.to_thread(own_valkey.stop)
+        if not keeps_its_data:
+            for path in (own_valkey.dir / "appendonlydir").iterdir():
+                path.unlink()
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(own_valkey.start)
+        async with working(worker):
+            answers = await patiently(gathering)
+            assert indices(answers) == list(range(6))
+            await exchange.acknowledge(answers)
+    finally:
+        await queue.close()
+        await worker_queue.close()
+        await asyncio.to_thread(own_valkey.stop)
+
+
+async def test_acknowledging_waits_for_redis(own_valkey: EmbeddedValkey, run_name: str, fast: None) -> None:
+    own_valkey.start()
+    queue = trainer_queue(own_valkey.url)
+    try:
+        exchange = make_exchange(queue, run_name)
+        async with working(Worker(queue, run_name)):
+            answers = await patiently(exchange.gather(prompts_of(run_name, 1)))
+        await asyncio.to_thread(own_valkey.stop)
+        acknowledging = asyncio.create_task(exchange.acknowledge(answers))
+        await asyncio.sleep(0.3)
+        assert not acknowledging.done()
+        await asyncio.to_thread(own_valkey.start)
+        await patiently(acknowledging)
+        assert await queue.depth(exchange.streams.scored(Purpose.TRAIN)) == 0
+    finally:
+        await queue.close()
+        await asyncio.to_thread(own_valkey.stop)
+
+
