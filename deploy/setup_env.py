@@ -56,7 +56,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def fingerprint(stack: str) -> str:
-    files = sorted((ROOT / "deploy").glob("*.txt")) + [Path(__file__)]
+    files = [*sorted((ROOT / "deploy").glob("*.txt")), Path(__file__)]
     files += [ROOT / folder / "pyproject.toml" for folder in DISTRIBUTIONS]
     digest = hashlib.sha256(f"{stack} {ROOT} {sys.version}".encode())
     for file in files:

@@ -19,7 +19,7 @@ class _BeforeTorchvision(MetaPathFinder):
             library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             _kept.append(library)
-        return None
+        return
 
 
 sys.meta_path.insert(0, _BeforeTorchvision())

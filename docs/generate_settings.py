@@ -17,26 +17,6 @@ OUTPUT = Path(__file__).with_name("settings.md")
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", SecretStr: "text"}
 
-MEANINGS = {
-    "run.seed": "of the order of samples and of every completion",
-    "data.dataset": "what is trained on, and held out for evaluations",
-    "rollout.mono_view": "a mono-source completion sees `single`: one name and image; `repeat`: the one image K times",
-    "rollout.mono_decoding": "`greedy` needs `num_mono` 0 or 1",
-    "rollout.temperature": "of sampled completions, and of the trainer's log-probabilities",
-    "rollout.top_p": "nucleus of sampled completions",
-    "rollout.gpu_memory_utilization": "share of a GPU's memory that a replica may take; ignored on CPUs",
-    "train.prompts_per_step": "groups that one step trains on",
-    "train.learning_rate": "of AdamW, at its highest",
-    "train.warmup_steps": "steps over which the learning rate rises from 0",
-    "train.lr_schedule": "`linear` falls to 0 at the last step",
-    "train.weight_decay": "of AdamW",
-    "train.adam_betas": "of AdamW",
-    "train.max_grad_norm": "gradients are scaled down to this norm",
-    "train.advantage": "`mars`: normalised over multi- and mono-source rewards; `grpo`: over multi-source rewards alone",
-    "train.keep_checkpoints": "newest checkpoints kept",
-}
-"""Of fields whose declaration has no description."""
-
 OTHER_VARIABLES = {
     "MARS_STACK": ("found out", "`make`: `cpu` or `cuda`, whatever hardware is there"),
     "MARS_REFERENCE_DATA": ("unset", "tests: folder with `golden_rewards.json`; without it the tests that need it are skipped"),
@@ -83,31 +63,30 @@ Variables of the containers are listed in [docker.md](docker.md#variables).
 
 def render() -> str:
     """The whole document."""
-    recipe = [part for name, section in Recipe.model_fields.items() for part in (f"### [{name}]\n", _section(name, section))]
-    variables = _table("variable", (_row(f"MARS_{name.upper()}", field, "") for name, field in Deployment.model_fields.items()))
+    recipe = [part for name, section in Recipe.model_fields.items() for part in (f"### [{name}]\n", _section(section))]
+    variables = _table("variable", (_row(f"MARS_{name.upper()}", field) for name, field in Deployment.model_fields.items()))
     others = ["| variable | default | meaning |", "|---|---|---|"]
     others += [f"| `{name}` | {default} | {meaning} |" for name, (default, meaning) in OTHER_VARIABLES.items()]
     return "\n".join([HEAD, *recipe, TAIL, ENVIRONMENT, variables, OTHERS, "\n".join(others) + "\n", LAST])
 
 
-def _section(name: str, section: FieldInfo) -> str:
+def _section(section: FieldInfo) -> str:
     model = section.annotation
     assert isinstance(model, type) and issubclass(model, BaseModel)
-    return _table("key", (_row(key, field, MEANINGS.get(f"{name}.{key}", "")) for key, field in model.model_fields.items()))
+    return _table("key", (_row(key, field) for key, field in model.model_fields.items()))
 
 
 def _table(first: str, rows: Iterator[str]) -> str:
     return "\n".join([f"| {first} | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def _row(name: str, field: FieldInfo, meaning: str) -> str:
-    text = field.description or meaning
-    if not text:
+def _row(name: str, field: FieldInfo) -> str:
+    if not field.description:
         raise LookupError(f"setting {name} has no description; give it one where it is declared")
     pairs = [(sign, getattr(item, key, None)) for item in field.metadata for key, sign in BOUNDS.items()]
     bounds = ", ".join(f"{sign} {limit}" for sign, limit in pairs if limit is not None)
     value = f"{_type(field.annotation)} {bounds}".strip()
-    return f"| `{name}` | {value} | {_default(field)} | {text} |"
+    return f"| `{name}` | {value} | {_default(field)} | {field.description} |"
 
 
 def _type(annotation: Any) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 
+from PIL import Image
+
 from mars_shared.contracts import (
     BoxFrame,
     Completion,
@@ -24,7 +26,6 @@ from mars_shared.contracts import (
     TextTruth,
     expected_members,
 )
-from PIL import Image
 
 V0 = PolicyVersion(incarnation=1, step=0)
 FRAME = BoxFrame(kind=FrameKind.ORIGINAL, width=56, height=56)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+
 from mars_shared.queue import Queue
 from mars_shared.server import EmbeddedValkey
 

@@ -49,7 +49,7 @@ class ScriptedEngine:
 
     async def until_running(self, count: int) -> None:
         """Return once that many requests wait for an answer."""
-        while self.running < count:  # noqa: ASYNC110
+        while self.running < count:
             await asyncio.sleep(0.01)
 
     async def shutdown(self) -> None:

@@ -42,7 +42,7 @@ from mars_shared.contracts import (
     WeightManifest,
 )
 from mars_shared.server import EmbeddedValkey
-from mars_shared.settings import Recipe, load_recipe
+from mars_shared.settings import DataSection, DatasetName, Recipe, load_recipe
 from mars_shared.weights import WeightsStore
 from mars_trainer.model import Policy as TrainerPolicy
 from mars_trainer.model import load_policy
@@ -52,6 +52,7 @@ from mars_trainer.tiny import write_tiny
 RUN = "rollout-test"
 MAX_MODEL_LEN = 384
 MAX_PIXELS = 512 * 512
+DATA = DataSection(dataset=DatasetName.DIGITS, source_names=("visible", "infrared", "depth"), max_image_pixels=MAX_PIXELS)
 VERSIONS = 10
 RECIPE = """
 [run]
@@ -207,7 +208,7 @@ def renderer(model_dir: Path) -> PromptRenderer:
 
 @pytest.fixture(scope="session")
 def maker(engine: object, renderer: PromptRenderer, workplace: Workplace) -> GroupMaker:
-    return GroupMaker(engine, renderer, workplace.blobs, replica="in-process", max_pixels=MAX_PIXELS)  # type: ignore[arg-type]
+    return GroupMaker(engine, renderer, workplace.blobs, replica="in-process", data=DATA)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mars_trainer.algorithm.advantages import EPS, GroupAdvantages, grpo_advantages, mars_advantages
 
 rewards = st.floats(-10, 10, allow_nan=False)

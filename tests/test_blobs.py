@@ -10,6 +10,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mars_shared.blobs import BlobStore
 from mars_shared.errors import BlobMissingError, InputError, IntegrityError
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+
 from mars_shared.contracts import PolicyVersion
 from mars_shared.errors import CheckpointError, IntegrityError
 from mars_trainer.checkpoint import Checkpoint, CheckpointStore, Ledger, load_checkpoint
-from pydantic import ValidationError
 
 MODEL = "a" * 64
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "hashes.json")

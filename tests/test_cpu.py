@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 import pytest
+
 from mars_shared.cpu import WorkMeter, cpu_seconds
 
 BURN = "import time\nwhile time.process_time() < {seconds}: pass\n"

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import V0, image_bytes, make_group, make_prompt, make_score, make_scored, sampling
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+
+from builders import V0, image_bytes, make_group, make_prompt, make_score, make_scored, sampling
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import Decoding, Purpose, Score, ScoredGroup, TextTruth
 from mars_shared.errors import MediaTypeError
@@ -21,8 +24,6 @@ from mars_trainer.datasets.base import Sample
 from mars_trainer.dispatch import PromptMaker, place_of
 from mars_trainer.evaluate import metric_of, summarise
 from mars_trainer.samples import KEEP_EVERY_STEPS, KEEP_PER_EVALUATION, KEEP_PER_STEP, Occasion, SampleLog, read_samples
-from PIL import Image
-from pydantic import ValidationError
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

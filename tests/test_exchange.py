@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
 from builders import make_group, make_prompt, make_score, make_scored
 from mars_shared.contracts import Prompt, Purpose, ScoredGroup
 from mars_shared.errors import QueueUnavailableError

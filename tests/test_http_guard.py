@@ -11,13 +11,14 @@ from typing import Any
 
 import httpx
 import pytest
-from builders import image_bytes
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
+
+from builders import image_bytes
 from mars_shared.client import get_json, request_rollouts
 from mars_shared.errors import BlobMissingError, ConfigError, InputError, MarsError, MediaTypeError, NotReadyError
 from mars_shared.http import HttpServer, bind, check_bind, create_app, is_loopback
 from mars_shared.settings import Deployment
-from pydantic import BaseModel
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import image_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, TiffImagePlugin
+
+from builders import image_bytes
 from mars_shared.errors import ImageError, InputError, MediaTypeError, TooLargeError
 from mars_shared.images import MAX_ASPECT_RATIO, media_type_of, open_image
-from PIL import Image, TiffImagePlugin
 
 WHAT = "prompt 17, source 'visible'"
 LIMIT = 4096 * 4096

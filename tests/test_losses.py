@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mars_trainer.algorithm.losses import LossType, PolicyLoss, k3_kl, loss_weights, policy_loss
 from torch import Tensor, tensor
+
+from mars_trainer.algorithm.losses import LossType, PolicyLoss, k3_kl, loss_weights, policy_loss
 
 EPSILON, EPSILON_HIGH = 0.2, 0.3
 
@@ -160,7 +162,7 @@ def test_microbatches_change_neither_loss_nor_gradient(lengths: list[int], loss_
     batch = random_batch(lengths, seed)
     rows = list(range(len(lengths)))
     edges = [0, *sorted(cut for cut in cuts if cut < len(rows)), len(rows)]
-    parts = [rows[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [rows[a:b] for a, b in itertools.pairwise(edges)]
     whole, whole_gradient, whole_weights = loss_and_gradient(batch, loss_type, [rows])
     split, split_gradient, split_weights = loss_and_gradient(batch, loss_type, parts)
     assert math.isclose(whole, split, rel_tol=1e-9, abs_tol=1e-12)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+
 from builders import make_completion, make_group, make_prompt, make_score, make_scored, sampling, scored_with
 from mars_shared.contracts import FinishReason, Kind, Score, ScoredGroup
 from mars_shared.progress import EventTail, RunDisplay
 from mars_shared.telemetry import EventLog, read_events
 from mars_trainer.algorithm.advantages import GroupAdvantages, mars_advantages
 from mars_trainer.metrics import finite, rollout_metrics
-from rich.console import Console
 
 
 def advantages_of(groups: Sequence[ScoredGroup]) -> list[GroupAdvantages]:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis
+
 from mars_shared.errors import ConfigError, LeaseLostError, QueueError, QueueUnavailableError
 from mars_shared.queue import Claim, PutResult, Queue, Streams
 from mars_shared.server import EmbeddedValkey

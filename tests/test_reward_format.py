@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mars_reward.rewards.format import blocks, score_format
 
 FENCED = "```json\n[]\n```"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mars_reward.rewards.grounding import (
     Box,
     max_predictions,

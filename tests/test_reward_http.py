@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from mars_reward.app import build_app
 from mars_reward.registry import RECIPES, Parts, score, to_score
 from mars_shared.contracts import ScoreItem, TextTruth

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import httpx
+
 from mars_shared.queue import DeadLetter, Queue, Streams
 from mars_shared.server import EmbeddedValkey
 
@@ -51,7 +52,7 @@ async def dead_letter_of(url: str, payload: bytes) -> DeadLetter:
     queue, streams = Queue(url), Streams("reward-test")
     await queue.put(streams.rollouts, payload, dedupe_key="k", bound=10)
     async with asyncio.timeout(60):
-        while not await queue.depth(streams.dead):  # noqa: ASYNC110  Redis sets no event.
+        while not await queue.depth(streams.dead):
             await asyncio.sleep(0.02)
     (letter,) = await queue.dead("reward-test")
     await queue.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mars_reward.rewards.answers import matches
 from mars_reward.rewards.vqa import VqaScore, score_vqa
 from mars_shared.contracts import TextTruth

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mars_reward.registry import RECIPES, Parts
 from mars_reward.worker import MAX_DEATHS, MAX_ERRORS, RewardWorker, read_group, score_group
 from mars_shared.contracts import (
@@ -133,7 +134,7 @@ async def put(queue: Queue, *groups: RolloutGroup) -> None:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    while not await condition():  # noqa: ASYNC110  Redis sets no event.
+    while not await condition():
         await asyncio.sleep(0.02)
 
 

@@ -11,7 +11,7 @@ from mars_rollout.render import PromptRenderer
 from mars_shared.contracts import Decoding, Kind, Prompt, Source, expected_members, sampling_seed
 from mars_shared.errors import BlobMissingError, ImageError, MediaTypeError, NotReadyError, TooLargeError
 from rollout_doubles import ScriptedEngine
-from rollout_fixtures import MAX_PIXELS, Workplace, adhoc, make_prompt, png
+from rollout_fixtures import DATA, Workplace, adhoc, make_prompt, png
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def scripted() -> ScriptedEngine:
 
 @pytest.fixture
 def making(scripted: ScriptedEngine, renderer: PromptRenderer, workplace: Workplace) -> GroupMaker:
-    return GroupMaker(scripted, renderer, workplace.blobs, replica="r", max_pixels=MAX_PIXELS)
+    return GroupMaker(scripted, renderer, workplace.blobs, replica="r", data=DATA)
 
 
 def sampled(prompt: Prompt, **changes: object) -> Prompt:

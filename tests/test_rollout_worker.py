@@ -20,7 +20,7 @@ from mars_shared.errors import IntegrityError, NotReadyError
 from mars_shared.queue import Queue, Streams
 from mars_shared.weights import WeightsStore
 from rollout_doubles import ScriptedEngine
-from rollout_fixtures import MAX_PIXELS, Workplace, make_prompt, make_workplace, publish
+from rollout_fixtures import DATA, Workplace, make_prompt, make_workplace, publish
 
 
 def version(step: int, incarnation: int = 1) -> PolicyVersion:
@@ -58,11 +58,11 @@ class Shop:
         return RolloutGroup.model_validate_json(claim.payload)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.01)
 
     async def until_empty(self) -> None:
-        while await self.queue.depth(self.streams.prompts):  # noqa: ASYNC110
+        while await self.queue.depth(self.streams.prompts):
             await asyncio.sleep(0.01)
 
     @asynccontextmanager
@@ -82,7 +82,7 @@ async def shop(tmp_path: Path, model_dir: Path, redis_url: str, renderer: Prompt
     engine, store = ScriptedEngine(), WeightsStore(tmp_path / "weights")
     policy = Policy(engine, store, model_dir)
     queue, streams = Queue(redis_url, lease_s=60.0), Streams(f"w-{tmp_path.name}")
-    maker = GroupMaker(engine, renderer, place.blobs, replica="replica-0", max_pixels=MAX_PIXELS)
+    maker = GroupMaker(engine, renderer, place.blobs, replica="replica-0", data=DATA)
     worker = RolloutWorker(
         queue,
         streams,

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from mars_shared import server
 from mars_shared.errors import ConfigError, QueueUnavailableError
 from mars_shared.queue import Claim, PutResult, Queue, Streams

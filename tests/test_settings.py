@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from mars_shared.contracts import Decoding, FrameKind, View
 from mars_shared.errors import ConfigError
 from mars_shared.settings import Recipe, load_deployment, load_recipe

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from mars_shared import supervisor as supervisor_module
 from mars_shared.errors import ConfigError
 from mars_shared.processes import kill_group, spawn, stop_all

@@ -6,6 +6,7 @@ import math
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mars_trainer.timeline import STAGES, stage_seconds
 
 instants = st.integers(-5, 25).map(float)

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
+from safetensors.torch import load_file
+from torch import nn
+
 from mars_shared.contracts import PolicyVersion, WeightManifest
 from mars_shared.errors import IntegrityError
 from mars_shared.settings import Recipe
 from mars_shared.weights import WeightsStore, describe_file
 from mars_trainer.publish import WEIGHTS_FILE, Publisher, model_fingerprint, policy_tensors
-from safetensors.torch import load_file
-from torch import nn
 
 
 @pytest.fixture

@@ -104,12 +104,21 @@ def rollout(
     truth: Annotated[str | None, typer.Option(help="the right answer: text, or boxes as [[x1, y1, x2, y2], ...]")] = None,
     num_generations: Annotated[int | None, typer.Option("--num-generations", "-g", help="multi-source completions")] = None,
     num_mono: Annotated[int | None, typer.Option("--num-mono", "-m", help="mono-source completions of each source")] = None,
+    mono_decoding: Annotated[
+        str | None, typer.Option("--mono-decoding", help="sample or greedy (then --num-mono is at most 1)")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="sampling temperature")] = None,
     seed: Annotated[int | None, typer.Option(help="for the same completions again")] = None,
     url: Annotated[str | None, typer.Option(help="a rollout replica; default: of the stack that runs here")] = None,
 ) -> None:
     """Ask the policy about image files, with all sources and with each alone."""
-    options = {"num_generations": num_generations, "num_mono": num_mono, "temperature": temperature, "seed": seed}
+    options = {
+        "num_generations": num_generations,
+        "num_mono": num_mono,
+        "mono_decoding": mono_decoding,
+        "temperature": temperature,
+        "seed": seed,
+    }
     answer = request_rollouts(
         url or _running_rollout_url(),
         load_deployment(),
@@ -158,16 +167,17 @@ def _run(recipe_path: Path, recipe: Recipe, port: int, *, trainer: TrainerMode) 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the stack as Ctrl-C does."""
+    """SIGTERM ends the stack as Ctrl-C does, and Ctrl-C does where a shell started us with SIGINT ignored."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _module(name: str, *arguments: str) -> None:

@@ -54,7 +54,7 @@ def _request(method: str, url: str, deployment: Deployment, **arguments: Any) ->
         headers["Authorization"] = f"Bearer {deployment.api_key.get_secret_value()}"
     try:
         return httpx.request(method, url, headers=headers, timeout=600, trust_env=False, **arguments)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(f"{url} does not answer ({error}); start the services with `mars up RECIPE`") from error
 
 

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
 
 from mars_shared.errors import ConfigError, MarsError, NotReadyError
 from mars_shared.settings import Deployment
@@ -91,7 +92,7 @@ class Guard:
             elif not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self._key}".encode()):
                 return 401, "expected the header 'Authorization: Bearer <MARS_API_KEY>'"
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit():
+        if not length.isdigit() or len(length) > 20:
             return 400, "Content-Length is not a number"
         if int(length) > self._max_body_bytes:
             return 413, f"request body has {int(length)} bytes; expected at most {self._max_body_bytes}"
@@ -148,6 +149,11 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return JSONResponse(error_body("InputError", explain_validation(error.errors())), status_code=422)
 
+    async def on_http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse(error_body("HTTPError", str(error.detail)), status_code=error.status_code, headers=error.headers)
+
+    app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(MarsError, on_mars_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
 

@@ -281,6 +281,12 @@ class Queue:
             entries = await self._redis.xrevrange(Streams(run).dead, count=limit)
         return [_dead_letter(entry_id, fields) for entry_id, fields in entries]
 
+    async def dead_after(self, run: str, entry_id: str, limit: int = 100) -> list[DeadLetter]:
+        """Up to `limit` dead letters that came after the one of that id ("0": from the first), oldest first."""
+        with self._errors():
+            entries = await self._redis.xrange(Streams(run).dead, min=f"({entry_id}", count=limit)
+        return [_dead_letter(found, fields) for found, fields in entries]
+
     async def depth(self, stream: str) -> int:
         """Outstanding entries: waiting and claimed ones together."""
         with self._errors():

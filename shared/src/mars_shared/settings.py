@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from mars_shared.contracts import Decoding, FrameKind, SamplingSpec, View
 from mars_shared.errors import ConfigError
@@ -29,7 +30,7 @@ class Section(BaseModel):
 class RunSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="names the run's streams and metrics")
     dir: Path = Field(description="run folder: checkpoints, weights, blobs, logs, events")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of the order of samples and of every completion")
 
 
 class ModelSection(Section):
@@ -45,7 +46,10 @@ class DatasetName(StrEnum):
 
 
 class DataSection(Section):
-    dataset: DatasetName
+    dataset: DatasetName = Field(description="what is trained on, and held out for evaluations")
+    source_names: tuple[str, ...] | None = Field(
+        default=None, description="the sources that the policy knows, e.g. visible and infrared; others are refused. None: any"
+    )
     max_image_pixels: int = Field(default=4096 * 4096, ge=1, description="an image with more is refused")
     eval_samples: int = Field(default=256, ge=1, description="held-out samples that an evaluation uses")
 
@@ -53,16 +57,21 @@ class DataSection(Section):
 class RolloutSection(Section):
     num_generations: int = Field(ge=1, description="G, multi-source completions a prompt")
     num_mono: int = Field(default=1, ge=0, description="M, mono-source completions a source")
-    mono_view: View = View.SINGLE
-    mono_decoding: Decoding = Decoding.SAMPLE
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    mono_view: View = Field(
+        default=View.SINGLE,
+        description="a mono-source completion sees `single`: one name and image; `repeat`: the one image K times",
+    )
+    mono_decoding: Decoding = Field(default=Decoding.SAMPLE, description="`greedy` needs `num_mono` 0 or 1")
+    temperature: float = Field(default=1.0, gt=0, description="of sampled completions, and of the trainer's log-probabilities")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus of sampled completions")
     max_completion_length: int = Field(ge=1, description="tokens")
     replicas: int = Field(default=1, ge=1, description="replicas that `mars up` starts")
     concurrent_groups: int = Field(default=8, ge=1, description="groups that one replica makes at a time")
     threads: int = Field(default=1, ge=1, description="CPU threads of a replica; ignored on GPUs")
     kv_cache_mib: int | None = Field(default=None, ge=1, description="key-value cache; None: vLLM decides (GPU)")
-    gpu_memory_utilization: float = Field(default=0.85, gt=0, lt=1)
+    gpu_memory_utilization: float = Field(
+        default=0.85, gt=0, lt=1, description="share of a GPU's memory that a replica may take; ignored on CPUs"
+    )
 
     @model_validator(mode="after")
     def _spec_is_valid(self) -> Self:
@@ -100,15 +109,18 @@ class RewardSection(Section):
 
 class TrainSection(Section):
     steps: int = Field(ge=1, description="optimizer steps (rollout batches) of the run")
-    prompts_per_step: int = Field(ge=1)
+    prompts_per_step: int = Field(ge=1, description="groups that one step trains on")
     minibatch_prompts: int | None = Field(default=None, ge=1, description="prompts an optimizer update; None: all")
-    learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.99)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    advantage: Literal["mars", "grpo"] = "mars"
+    learning_rate: float = Field(gt=0, description="of AdamW, at its highest")
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0")
+    lr_schedule: Literal["constant", "linear"] = Field(default="constant", description="`linear` falls to 0 at the last step")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    adam_betas: tuple[float, float] = Field(default=(0.9, 0.99), description="of AdamW")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    advantage: Literal["mars", "grpo"] = Field(
+        default="mars",
+        description="`mars`: normalised over multi- and mono-source rewards; `grpo`: over multi-source rewards alone",
+    )
     scale_rewards: bool = Field(default=True, description="divide advantages by the pool's std")
     epsilon: float = Field(default=0.2, ge=0, lt=1, description="lower clip")
     epsilon_high: float = Field(default=0.2, ge=0, description="upper clip")
@@ -120,7 +132,7 @@ class TrainSection(Section):
     tokens_per_microbatch: int = Field(default=16384, ge=1, description="padded tokens of one forward pass")
     logprob_chunk_tokens: int = Field(default=1024, ge=1, description="tokens whose logits exist at a time")
     checkpoint_every: int = Field(default=10, ge=1, description="steps; groups are acknowledged then")
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept")
     keep_snapshots: int = Field(default=4, ge=2, description="published versions kept for replicas that are behind")
     threads: int = Field(default=2, ge=1, description="CPU threads of the trainer; ignored on GPUs")
 
@@ -195,11 +207,35 @@ def load_recipe(path: Path) -> Recipe:
         _StrictRecipe.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError(f"recipe {path}: {_explain(error)}") from error
+    overrides = _overrides()
     try:
         return Recipe(**data)
     except ValidationError as error:
-        overrides = sorted(name for name in os.environ if name.startswith("MARS_") and "__" in name)
         raise ConfigError(f"recipe {path} with {overrides} from the environment: {_explain(error)}") from error
+    except SettingsError as error:
+        raise ConfigError(f"one of {overrides} in the environment cannot be read: {error}") from error
+
+
+def _overrides() -> list[str]:
+    """Environment variables that override a recipe's keys.
+
+    Raises:
+        ConfigError: one names no key, e.g. MARS_TRANE__STEPS.
+    """
+    names = sorted(name for name in os.environ if name.startswith("MARS_") and "__" in name)
+    names += [name for section in Recipe.model_fields if (name := f"MARS_{section.upper()}") in os.environ]
+    for name in names:
+        section, _, key = name.removeprefix("MARS_").lower().partition("__")
+        fields = Recipe.model_fields.get(section)
+        if fields is None or not key or key.split("__")[0] not in _fields_of(fields.annotation):
+            raise ConfigError(
+                f"{name} in the environment names no recipe key; expected MARS_<SECTION>__<KEY>, e.g. MARS_TRAIN__STEPS"
+            )
+    return names
+
+
+def _fields_of(section: Any) -> Collection[str]:
+    return section.model_fields.keys() if isinstance(section, type) and issubclass(section, BaseModel) else ()
 
 
 class _StrictRecipe(BaseModel):

@@ -43,6 +43,11 @@ class Ports:
         return self.base + 200
 
 
+def service_url(host: str, port: int) -> str:
+    """E.g. http://127.0.0.1:8100, or http://[::1]:8100."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class StackState(BaseModel):
     """Where a running stack's services answer; written to run.dir/stack.json for `mars status` and clients."""
 
@@ -54,7 +59,7 @@ class StackState(BaseModel):
     trainer_port: int
 
     def url(self, port: int) -> str:
-        return f"http://{self.host}:{port}"
+        return service_url(self.host, port)
 
 
 TrainerMode = Literal["once", "linger", "evaluate"]
@@ -85,7 +90,7 @@ def running_stack(
     _check_ports(deployment.host, ports, recipe)
     run_dir = recipe.run.dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ) | {"MARS_REWARD_URL": f"http://{deployment.host}:{ports.reward}"}
+    environment = dict(os.environ) | {"MARS_REWARD_URL": service_url(deployment.host, ports.reward)}
     valkey = None
     if "MARS_REDIS_URL" in os.environ:
         asyncio.run(_check_redis(deployment.redis_url))
@@ -147,7 +152,7 @@ def read_state(run_dir: Path) -> StackState | None:
 def _services(recipe_path: Path, recipe: Recipe, host: str, ports: Ports, trainer: TrainerMode) -> Iterator[Service]:
     def service(name: str, module: str, port: int, *arguments: str, finishes: bool = False) -> Service:
         command = [sys.executable, "-m", module, "--recipe", str(recipe_path), "--port", str(port), *arguments]
-        return Service(name, command, ready_url=f"http://{host}:{port}/readyz", finishes=finishes)
+        return Service(name, command, ready_url=f"{service_url(host, port)}/readyz", finishes=finishes)
 
     yield service("reward", "mars_reward", ports.reward)
     for index in range(recipe.rollout.replicas):

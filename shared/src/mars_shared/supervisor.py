@@ -21,7 +21,8 @@ QUICK_DEATHS = 3
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 10.0
 GRACE_S = 20.0
-CONFIG_EXIT_CODE = 2
+HOPELESS_EXIT_CODES = (2, 3)
+"""Of ConfigError and InputError: the same would happen again."""
 POLL_S = 0.2
 LOG_TAIL_LINES = 12
 
@@ -135,7 +136,7 @@ class Supervisor:
             return
         if not running.ready:
             running.quick_deaths += 1
-        if code == CONFIG_EXIT_CODE or running.quick_deaths >= QUICK_DEATHS:
+        if code in HOPELESS_EXIT_CODES or running.quick_deaths >= QUICK_DEATHS:
             raise ServiceFailedError(f"{service.name} ended with {_describe(code)}:\n{self._log_tail(service)}", code)
         delay_s = min(FIRST_BACKOFF_S * 2**running.quick_deaths, LONGEST_BACKOFF_S)
         self._say(
@@ -157,7 +158,7 @@ class Supervisor:
             return True
         try:
             return self._http.get(service.ready_url).status_code == 200
-        except httpx.HTTPError:
+        except (httpx.HTTPError, httpx.InvalidURL):
             return False
 
     def _log_path(self, service: Service) -> Path:

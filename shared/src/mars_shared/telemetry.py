@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class EventLog:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -34,6 +36,11 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def by_step(events: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Events of a kind, one a step, in the steps' order; a step that a restart repeated counts as done last."""
+    return [event for _, event in sorted({event["step"]: event for event in events if event["event"] == kind}.items())]
 
 
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -40,6 +40,11 @@ class WeightsStore:
         self._root = root
         root.mkdir(parents=True, exist_ok=True)
 
+    def sweep(self) -> None:
+        """Remove what a publication that was cut off left behind; for the store's one writer."""
+        for folder in self._root.glob(".staged-*"):
+            shutil.rmtree(folder)
+
     def head(self) -> WeightManifest | None:
         """The newest published version; None before the first.
 
@@ -109,7 +114,7 @@ class WeightsStore:
         """Remove all but the newest `keep` snapshots; those in `protect` and HEAD stay."""
         head = self.head()
         protected = {self.folder(manifest) for manifest in (*protect, *([head] if head else []))}
-        snapshots = sorted((path for path in self._root.iterdir() if (path / MANIFEST).is_file()), key=_publication_order)
+        snapshots = sorted((path for path in self._root.glob("[0-9]*") if (path / MANIFEST).is_file()), key=_publication_order)
         for folder in snapshots[:-keep]:
             if folder not in protected:
                 shutil.rmtree(folder)

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mars_reward.app import build_app
+from mars_reward.worker import RewardWorker
 from mars_shared.errors import MarsError
 from mars_shared.http import HttpServer, bind
 from mars_shared.queue import Queue, Streams
 from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
 from mars_shared.telemetry import configure_logging
-
-from mars_reward.app import build_app
-from mars_reward.worker import RewardWorker
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

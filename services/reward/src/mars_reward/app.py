@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastapi import FastAPI
-from mars_shared.contracts import ScoreRequest, ScoreResponse
-from mars_shared.http import create_app
-from mars_shared.settings import Deployment
 
 from mars_reward.metrics import ITEMS, SECONDS
 from mars_reward.registry import check_recipe, score
+from mars_shared.contracts import ScoreRequest, ScoreResponse
+from mars_shared.http import create_app
+from mars_shared.settings import Deployment
 
 
 def build_app(deployment: Deployment, *, recipe: str, ready: Callable[[], str | None]) -> FastAPI:

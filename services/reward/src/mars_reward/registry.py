@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mars_shared.contracts import BoxesTruth, Score, ScoreItem, TextTruth
-from mars_shared.errors import ConfigError, InputError
-
 from mars_reward.rewards.grounding import score_grounding
 from mars_reward.rewards.vqa import score_vqa
+from mars_shared.contracts import BoxesTruth, Score, ScoreItem, TextTruth
+from mars_shared.errors import ConfigError, InputError
 
 
 @dataclass(frozen=True)

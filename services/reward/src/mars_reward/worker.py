@@ -7,14 +7,14 @@ import logging
 import time
 import traceback
 
-from mars_shared.contracts import Completion, RolloutGroup, ScoredGroup, ScoreItem
-from mars_shared.errors import InputError, LeaseLostError, QueueError
-from mars_shared.http import explain_validation
-from mars_shared.queue import Claim, Queue, Streams
 from pydantic import ValidationError
 
 from mars_reward.metrics import GROUPS, ITEMS, SECONDS
 from mars_reward.registry import check_recipe, score
+from mars_shared.contracts import Completion, RolloutGroup, ScoredGroup, ScoreItem
+from mars_shared.errors import InputError, LeaseLostError, QueueError
+from mars_shared.http import explain_validation
+from mars_shared.queue import Claim, Queue, Streams
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ from mars_shared.contracts import (
     Source,
     sampling_seed,
 )
-from mars_shared.errors import BlobMissingError, MediaTypeError, NotReadyError
+from mars_shared.errors import BlobMissingError, InputError, MediaTypeError, NotReadyError
 from mars_shared.images import media_type_of, open_image
+from mars_shared.settings import DataSection
 
 if TYPE_CHECKING:
     from mars_rollout.render import PromptRenderer, ViewDraft
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 class GroupMaker:
     """Makes groups: images decoded once, views rendered once, all members sampled concurrently."""
 
-    def __init__(self, engine: Engine, renderer: PromptRenderer, blobs: BlobStore, *, replica: str, max_pixels: int) -> None:
+    def __init__(self, engine: Engine, renderer: PromptRenderer, blobs: BlobStore, *, replica: str, data: DataSection) -> None:
         self._engine = engine
         self._renderer = renderer
         self._blobs = blobs
         self._replica = replica
-        self._max_pixels = max_pixels
+        self._data = data
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="images")
 
     async def make(self, prompt: Prompt, *, pull_s: float = 0.0) -> RolloutGroup:
@@ -74,6 +75,10 @@ class GroupMaker:
         )
 
     def _decode(self, prompt: Prompt) -> dict[str, Image.Image]:
+        known = self._data.source_names
+        for source in prompt.sources:
+            if known is not None and source.name not in known:
+                raise InputError(f"prompt {prompt.prompt_id}: unknown source {source.name!r}; expected one of {', '.join(known)}")
         return {source.name: self._decode_source(prompt, source) for source in prompt.sources}
 
     def _decode_source(self, prompt: Prompt, source: Source) -> Image.Image:
@@ -85,7 +90,7 @@ class GroupMaker:
         actual = media_type_of(data, what=what)
         if actual != source.media_type:
             raise MediaTypeError(f"{what}: declared as {source.media_type}, but its bytes are {actual}")
-        return open_image(data, what=what, max_pixels=self._max_pixels)
+        return open_image(data, what=what, max_pixels=self._data.max_image_pixels)
 
 
 async def _all_or_none(requests: Sequence[Coroutine[Any, Any, EngineAnswer]]) -> list[EngineAnswer]:

@@ -110,7 +110,7 @@ class Replica:
         # vLLM's imports raise the level of the root logger and its handlers.
         configure_logging(self._name)
         engine = await start_engine(recipe)
-        maker = GroupMaker(engine, renderer, self._blobs, replica=self._name, max_pixels=recipe.data.max_image_pixels)
+        maker = GroupMaker(engine, renderer, self._blobs, replica=self._name, data=recipe.data)
         return engine, await build_openai_app(engine, recipe), maker
 
     async def _work(self, engine: Engine, maker: GroupMaker, stop: asyncio.Event) -> None:

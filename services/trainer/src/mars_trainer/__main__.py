@@ -20,7 +20,6 @@ from mars_shared.queue import Queue
 from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
 from mars_shared.telemetry import EventLog, configure_logging
 from mars_shared.weights import WeightsStore
-
 from mars_trainer.app import build_app
 from mars_trainer.checkpoint import CheckpointStore, Ledger
 from mars_trainer.datasets import load_dataset
@@ -101,6 +100,7 @@ def build_run(recipe: Recipe, queue: Queue) -> TrainingRun:
     """A run that goes on from its newest checkpoint, under an incarnation newer than all before."""
     blobs = BlobStore(recipe.run.dir / "blobs")
     weights = WeightsStore(recipe.run.dir / "weights")
+    weights.sweep()
     checkpoints = CheckpointStore(recipe.run.dir / "checkpoints", keep=recipe.train.keep_checkpoints)
     learner = Learner(recipe, blobs)
     fingerprint = model_fingerprint(recipe.model.path)

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
-from mars_shared.http import create_app
-from mars_shared.settings import Deployment
 from prometheus_client import Gauge
 
+from mars_shared.http import create_app
+from mars_shared.settings import Deployment
 from mars_trainer.loop import Progress
 
 STEP = Gauge("mars_step", "Optimizer steps done", ["run"])
@@ -18,7 +18,9 @@ METRIC = Gauge("mars_train_metric", "Metrics of the last step by name", ["run", 
 
 def build_app(deployment: Deployment, progress: Progress) -> FastAPI:
     """The app; `progress` is read whenever it is asked."""
-    app = create_app("mars trainer", deployment, ready=lambda: None)
+    app = create_app(
+        "mars trainer", deployment, ready=lambda: "the first version is not published" if progress.state == "starting" else None
+    )
 
     @app.get("/v1/run")
     async def run() -> dict[str, Any]:

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from mars_shared.contracts import Message, PolicyVersion, WeightFile
 from mars_shared.errors import CheckpointError, IntegrityError
 from mars_shared.files import fsync_path, write_atomic
 from mars_shared.weights import describe_file
-from pydantic import Field, TypeAdapter, ValidationError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class CheckpointStore:
         self._root = root
         self._keep = keep
         root.mkdir(parents=True, exist_ok=True)
+        for cut_off in root.glob(".staged-*"):
+            shutil.rmtree(cut_off)
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write durably under step_N: staged, synced, then renamed. Older ones beyond `keep` go."""

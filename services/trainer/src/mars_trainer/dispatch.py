@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import PolicyVersion, Prompt, Purpose, SamplingSpec, Source
 from mars_shared.images import media_type_of
 from mars_shared.settings import Recipe
-
 from mars_trainer.datasets.base import Sample
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mars_shared.contracts import Kind, PolicyVersion, Score, ScoredGroup
-
+from mars_shared.errors import InputError
 from mars_trainer.datasets.base import Sample
 from mars_trainer.dispatch import PromptMaker
 from mars_trainer.exchange import Answer, Exchange
@@ -52,10 +52,10 @@ def summarise(groups: Sequence[ScoredGroup]) -> Evaluation:
     """Averages over scored evaluation groups. A sample counts for the sources it has.
 
     Raises:
-        ValueError: no groups.
+        InputError: no groups.
     """
     if not groups:
-        raise ValueError("nothing to summarise: no evaluation group was answered")
+        raise InputError("evaluation: not one sample was answered; the dead letters in the run's events say why")
     multi: list[float] = []
     union: list[float] = []
     mono: dict[str, list[float]] = {}

@@ -14,13 +14,15 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from pydantic import ValidationError
+
 from mars_shared.contracts import Prompt, Purpose, ScoredGroup
 from mars_shared.errors import QueueUnavailableError
 from mars_shared.queue import Claim, DeadLetter, PutResult, Queue, Streams
-from pydantic import ValidationError
 
 logger = logging.getLogger(__name__)
 
+CONSUMER = "trainer"
 RECONCILE_S = 10.0
 LOOK_FOR_DEAD_S = 1.0
 RECONNECT_S = 1.0
@@ -48,7 +50,8 @@ class Exchange:
     bound: int
     _outstanding: dict[str, Prompt] = field(default_factory=dict)
     _asked: dict[str, int] = field(default_factory=dict)
-    _seen_dead: set[str] = field(default_factory=set)
+    _held: set[str] = field(default_factory=set)
+    _last_dead: str = "0"
 
     @property
     def streams(self) -> Streams:
@@ -76,15 +79,13 @@ class Exchange:
         while waiting or self._outstanding:
             try:
                 await self._ask(waiting)
-                answer = await self._receive(wait_s=0.2)
-                if answer is not None:
-                    answers.append(answer)
-                    continue
+                answers += await self._receive(wait_s=0.2)
                 now = time.monotonic()
                 if now >= next_dead_look:
                     waiting.extend(await self._bury(replace))
                     next_dead_look = now + LOOK_FOR_DEAD_S
                 if now >= next_reconcile:
+                    answers += await self._take_up()
                     await self._ask_lost_again()
                     next_reconcile = now + RECONCILE_S
             except QueueUnavailableError as error:
@@ -97,6 +98,7 @@ class Exchange:
         """Remove answered entries from the stream for good."""
         claims = [answer.claim for answer in answers]
         await self._until_connected(lambda: self.queue.acknowledge(claims))
+        self._held.difference_update(claim.entry_id for claim in claims)
 
     async def _ask(self, waiting: deque[Prompt]) -> None:
         while waiting:
@@ -115,29 +117,34 @@ class Exchange:
     def _key(self, prompt: Prompt) -> str:
         return f"{self.issuer}/{prompt.task_id}/{self._asked.get(prompt.task_id, 0)}"
 
-    async def _receive(self, *, wait_s: float) -> Answer | None:
-        stream = self.streams.scored(self.purpose)
-        claim = await self.queue.claim(stream, "trainer", wait_s=wait_s)
-        if claim is None:
-            return None
+    async def _receive(self, *, wait_s: float) -> list[Answer]:
+        claim = await self.queue.claim(self.streams.scored(self.purpose), CONSUMER, wait_s=wait_s)
+        return [] if claim is None else await self._accept(claim)
+
+    async def _take_up(self) -> list[Answer]:
+        """Entries that Redis gave to this consumer while the connection broke, so that it never heard of them."""
+        claims = await self.queue.resume(self.streams.scored(self.purpose), CONSUMER)
+        return [answer for claim in claims if claim.entry_id not in self._held for answer in await self._accept(claim)]
+
+    async def _accept(self, claim: Claim) -> list[Answer]:
+        """The claim as an answer; nothing if it is none, or a second one."""
         try:
             scored = ScoredGroup.model_validate_json(claim.payload)
         except ValidationError as error:
             await self.queue.dead_letter(claim, "not a scored group of schema 1", str(error))
-            return None
+            return []
         if self._outstanding.pop(scored.group.group_id, None) is None:
             logger.info("dropped a second answer to %s", scored.group.group_id)
             await self.queue.acknowledge([claim])
-            return None
+            return []
         self._asked.pop(scored.group.group_id, None)
-        return Answer(claim, scored)
+        self._held.add(claim.entry_id)
+        return [Answer(claim, scored)]
 
     async def _bury(self, replace: Callable[[Prompt, DeadLetter], Prompt | None]) -> list[Prompt]:
         replacements = []
-        for letter in await self.queue.dead(self.run):
-            if letter.entry_id in self._seen_dead:
-                continue
-            self._seen_dead.add(letter.entry_id)
+        for letter in await self.queue.dead_after(self.run, self._last_dead):
+            self._last_dead = letter.entry_id
             issuer, task_id = letter.key.split("/")[:2]
             prompt = self._outstanding.pop(task_id, None) if issuer == self.issuer else None
             if prompt is not None:
@@ -164,7 +171,8 @@ class Exchange:
         if self.purpose is Purpose.TRAIN:
             await self.queue.purge(streams.prompts)
             await self.queue.purge(streams.rollouts)
-        self._seen_dead = {letter.entry_id for letter in await self.queue.dead(self.run)}
+        newest = await self.queue.dead(self.run, limit=1)
+        self._last_dead = newest[0].entry_id if newest else "0"
 
     async def _until_connected(self, action: Callable[[], object]) -> None:
         while True:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from blake3 import blake3
+from torch import Tensor
+
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import Completion, Kind, ScoredGroup
 from mars_shared.errors import CheckpointError
 from mars_shared.images import open_image
 from mars_shared.settings import Recipe
-from torch import Tensor
-
 from mars_trainer.algorithm.advantages import GroupAdvantages, grpo_advantages, mars_advantages
 from mars_trainer.algorithm.losses import loss_weights, policy_loss
 from mars_trainer.batching import EncodedGroup, EncodedPrompt, Microbatch, make_microbatches, pixels

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mars_shared.contracts import PolicyVersion, Prompt, WeightManifest
+from mars_shared.errors import InputError
 from mars_shared.queue import DeadLetter
 from mars_shared.settings import Recipe
-from mars_shared.telemetry import EventLog
-
+from mars_shared.telemetry import EventLog, read_events
 from mars_trainer.checkpoint import Checkpoint, CheckpointStore, Ledger
 from mars_trainer.datasets.base import Dataset
 from mars_trainer.dispatch import PromptMaker, place_of
@@ -30,6 +30,8 @@ from mars_trainer.samples import SampleLog
 from mars_trainer.timeline import stage_seconds
 
 logger = logging.getLogger(__name__)
+
+REPLACEMENTS_PER_PLACE = 2
 
 
 @dataclass
@@ -65,17 +67,20 @@ class TrainingRun:
     ledger: Ledger
     progress: Progress
     _unacknowledged: list[Answer] = field(default_factory=list)
+    _replaced: int = 0
 
     async def run(self) -> None:
         """Train to the recipe's last step; evaluates at the start, at intervals and at the end."""
         await self.training.start()
         await self.evaluation.start()
         await asyncio.to_thread(self._publish)
+        self.progress.state = "published"
         if self.version.step == 0:
             await self._evaluate()
             await asyncio.to_thread(self._checkpoint)
         while self.version.step < self.recipe.train.steps:
             await self._step()
+        await self._evaluate()
         self.progress.state = "finished"
         self.events.write("finished", step=self.version.step, weights=self.learner.weights_hash())
 
@@ -83,7 +88,8 @@ class TrainingRun:
         """Evaluate the newest checkpoint's policy, or the base model where there is none."""
         await self.evaluation.start()
         await asyncio.to_thread(self._publish)
-        await self._evaluate()
+        self.progress.state = "published"
+        await self._evaluate(again=True)
         self.progress.state = "finished"
 
     @property
@@ -94,7 +100,12 @@ class TrainingRun:
     async def _step(self) -> None:
         began = time.time()
         self.progress.state = "collecting"
+        self._replaced = 0
         answers = await self.training.gather(self._next_prompts(), replace=self._replacement)
+        if not answers:
+            raise InputError(
+                f"step {self.version.step + 1}: every prompt died, {self._replaced} replacements too; see the events"
+            )
         groups = [answer.scored for answer in answers]
         self.progress.state = "training"
         trained_from = time.time()
@@ -113,7 +124,7 @@ class TrainingRun:
             await asyncio.to_thread(self._checkpoint)
             await self.training.acknowledge(self._unacknowledged)
             self._unacknowledged.clear()
-        if last or (self.recipe.eval.every and self.version.step % self.recipe.eval.every == 0):
+        if not last and self.recipe.eval.every and self.version.step % self.recipe.eval.every == 0:
             await self._evaluate()
 
     def _next_prompts(self) -> list[Prompt]:
@@ -126,9 +137,14 @@ class TrainingRun:
         sample = self.dataset.train[place.row]
         return self.prompts.training(sample, epoch=place.epoch, dispatch_index=index, version=self.version)
 
-    def _replacement(self, prompt: Prompt, letter: DeadLetter) -> Prompt:
+    def _replacement(self, prompt: Prompt, letter: DeadLetter) -> Prompt | None:
+        """Another prompt for a dead one; a step that loses too many does with fewer."""
         self.progress.dead.append(prompt.dispatch_index)
-        self.events.write("dead", task_id=prompt.task_id, prompt_id=prompt.prompt_id, reason=letter.reason)
+        reason = f"{letter.reason}: {letter.detail.splitlines()[-1] if letter.detail else ''}"
+        self.events.write("dead", task_id=prompt.task_id, prompt_id=prompt.prompt_id, reason=reason)
+        if self._replaced >= REPLACEMENTS_PER_PLACE * self.recipe.train.prompts_per_step:
+            return None
+        self._replaced += 1
         return self._next_prompt()
 
     def _advance(self, answers: Sequence[Answer]) -> None:
@@ -163,7 +179,10 @@ class TrainingRun:
             "step", step=self.version.step, steps=self.recipe.train.steps, metrics=metrics, seconds=seconds, window=window
         )
 
-    async def _evaluate(self) -> None:
+    async def _evaluate(self, *, again: bool = False) -> None:
+        """Evaluate this step's policy; unless `again`, only if the run's events don't have it."""
+        if not again and any(event["step"] == self.version.step for event in read_events(self.events.path, "evaluation")):
+            return
         self.progress.state = "evaluating"
         held_out = self.dataset.test[: self.recipe.data.eval_samples]
 

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from mars_shared.contracts import FinishReason, Kind, ScoredGroup
-
 from mars_trainer.algorithm.advantages import GroupAdvantages
 
 

@@ -12,12 +12,14 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from mars_shared.blobs import BlobStore
-from mars_shared.contracts import BoxesTruth, Completion, Kind, Score, ScoredGroup
-from mars_shared.images import open_image
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+
+from mars_shared.blobs import BlobStore
+from mars_shared.contracts import BoxesTruth, Completion, Kind, Score, ScoredGroup
+from mars_shared.images import open_image
+from mars_shared.telemetry import by_step
 
 _BOX = re.compile(r"\[\s*(-?\d{1,6}(?:\.\d{1,6})?(?:\s*,\s*-?\d{1,6}(?:\.\d{1,6})?){3})\s*\]")
 _MAX_PIXELS = 2**26
@@ -26,8 +28,7 @@ _SMOOTHED_STEPS = 10
 
 def draw_curves(events: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
     """Reward, gain and conflicts, held-out results and where the time went, over steps."""
-    steps = [event for event in events if event["event"] == "step"]
-    evaluations = [event for event in events if event["event"] == "evaluation"]
+    steps, evaluations = by_step(events, "step"), by_step(events, "evaluation")
     figure, ((reward, gain), (held_out, time)) = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
     figure.suptitle(title)
     _plot_metrics(reward, steps, {"reward": "multi-source reward"})

@@ -6,11 +6,12 @@ import hashlib
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
+
 from mars_shared.contracts import PolicyVersion, WeightManifest
 from mars_shared.settings import Recipe
 from mars_shared.weights import WeightsStore
-from safetensors.torch import save_file
-from torch import nn
 
 WEIGHTS_FILE = "model.safetensors"
 

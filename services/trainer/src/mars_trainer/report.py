@@ -9,13 +9,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mars_shared.blobs import BlobStore
-from mars_shared.errors import ConfigError, MarsError
-from mars_shared.settings import Recipe, load_recipe
-from mars_shared.telemetry import read_events
 from rich.console import Console
 from rich.table import Table
 
+from mars_shared.blobs import BlobStore
+from mars_shared.errors import ConfigError, MarsError
+from mars_shared.settings import Recipe, load_recipe
+from mars_shared.telemetry import by_step, read_events
 from mars_trainer.pictures import draw_curves, draw_groups
 from mars_trainer.samples import read_samples
 from mars_trainer.timeline import STAGES
@@ -57,8 +57,7 @@ def summarise_run(events: list[dict[str, Any]], *, seed: int) -> dict[str, Any]:
     Raises:
         ConfigError: the run has not finished a first and a last evaluation.
     """
-    evaluations = [event for event in events if event["event"] == "evaluation"]
-    steps = [event for event in events if event["event"] == "step"]
+    evaluations, steps = by_step(events, "evaluation"), by_step(events, "step")
     if len(evaluations) < 2 or not steps:
         raise ConfigError(f"{len(evaluations)} evaluations and {len(steps)} steps in the run's events; expected a finished run")
     seconds: Counter[str] = Counter()
@@ -95,7 +94,7 @@ def _results_table(summary: dict[str, Any]) -> Table:
 
 
 def _gain_table(events: list[dict[str, Any]], *, rows: int = 8) -> Table:
-    steps = [event for event in events if event["event"] == "step"]
+    steps = by_step(events, "step")
     table = Table(title="gain (multi minus mono reward) and share of conflicts while training")
     for column in ("steps", "reward", "gain", "conflict rate", "no signal"):
         table.add_column(column, justify="right")

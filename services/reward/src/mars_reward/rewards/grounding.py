@@ -12,12 +12,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from mars_shared.contracts import BoxesTruth, BoxFrame
-from mars_shared.errors import InputError
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from mars_reward.rewards.format import answers_of, fenced_json_of, score_format
+from mars_shared.contracts import BoxesTruth, BoxFrame
+from mars_shared.errors import InputError
 
 Box = tuple[float, float, float, float]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mars_shared.contracts import TextTruth
-
 from mars_reward.rewards.answers import matches
 from mars_reward.rewards.format import answers_of, score_format
+from mars_shared.contracts import TextTruth
 
 
 @dataclass(frozen=True)

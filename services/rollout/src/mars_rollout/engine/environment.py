@@ -23,7 +23,6 @@ def configure_environment(threads: int, max_image_pixels: int) -> None:
         VLLM_WORKER_MULTIPROC_METHOD="spawn",
         VLLM_MEDIA_CONNECTOR=MEDIA_CONNECTOR,
         VLLM_MAX_IMAGE_PIXELS=str(max_image_pixels),
-        TORCHDYNAMO_DISABLE="1",
         TOKENIZERS_PARALLELISM="false",
     )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -33,4 +32,4 @@ def configure_environment(threads: int, max_image_pixels: int) -> None:
 
     if current_platform.is_cpu():
         # The worker lives in the engine's process then: half the memory, and the threads set here.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
