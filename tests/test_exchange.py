@@ -19,7 +19,7 @@ from mars_shared.server import EmbeddedValkey
 from mars_trainer import exchange as exchange_module
 from mars_trainer.exchange import Answer, Exchange, trainer_queue
 
-PATIENT_S = 30.0
+PATIENT_S = 15.0
 
 
 def scored(prompt: Prompt) -> ScoredGroup:

@@ -155,9 +155,9 @@ def test_logprobs_and_entropy_of_a_uniform_policy_are_those_of_its_vocabulary(fo
 def test_images_of_a_group_are_encoded_once_however_many_completions_it_has(policy: Policy) -> None:
     prompt = _prompt(policy, "p", [(56, 56), (56, 56)], seed=4)
     (batch,) = make_microbatches([EncodedGroup(prompt, tuple((n, EOS) for n in range(70, 84)))], policy.layout, 1 << 20)
-    assert batch.token_ids.shape[0] == 14
+    assert len(batch.rows) == 14 and batch.token_ids.shape == (1, len(prompt.token_ids) + 14 * 2)
     assert batch.grid_thw.tolist() == [[1, 4, 4], [1, 4, 4]] and batch.pixel_values.shape[0] == 32
-    assert batch.feature_index.tolist() == list(range(8)) * 14
+    assert batch.feature_index.tolist() == list(range(8))
 
 
 def test_rotary_positions_follow_the_image_grid_and_go_on_after_its_longest_side() -> None:
@@ -181,8 +181,8 @@ def _text_groups(*lengths: list[int]) -> list[EncodedGroup]:
     ("limit", "expected"),
     [
         (100, [[(0, 0), (0, 1), (1, 0), (1, 1)]]),
-        (15, [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]),  # four rows of 5 tokens would be 20: group 1 begins anew
-        (9, [[(0, 0), (0, 1)], [(1, 0)], [(1, 1)]]),  # two rows of 5 would be 10: group 1 has to part
+        (15, [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]),  # sequences of 5 and 8 tokens: two of 8 would be 16
+        (7, [[(0, 0), (0, 1)], [(1, 0)], [(1, 1)]]),  # group 1 is over the limit and has to part
         (1, [[(0, 0)], [(0, 1)], [(1, 0)], [(1, 1)]]),
     ],
 )
@@ -191,11 +191,28 @@ def test_microbatches_keep_groups_together_within_the_limit_and_order(limit: int
     assert [list(batch.rows) for batch in batches] == expected
 
 
-def test_padding_is_on_the_right_and_masked() -> None:
+def test_completions_of_a_group_follow_its_prompt_and_padding_is_on_the_right() -> None:
+    (batch,) = make_microbatches(_text_groups([1, 3], [2]), LAYOUT, 100)
+    assert batch.token_ids.tolist() == [[1, 9, 7, 7, 7, 7], [1, 9, 7, 7, PAD, PAD]]
+    assert batch.position_ids[0, 0].tolist() == [0, 1, 2, 2, 3, 4]  # each goes on from the prompt
+    assert batch.completion_mask.tolist() == [[True, False, False], [True, True, True], [True, True, False]]
+    assert batch.logit_sequence.tolist() == [0, 0, 1]
+    assert [batch.logit_index[k][batch.completion_mask[k]].tolist() for k in range(3)] == [[1], [1, 3, 4], [1, 2]]
+
+
+def test_a_completion_sees_its_prompt_and_itself_but_no_sibling() -> None:
     (batch,) = make_microbatches(_text_groups([1, 3]), LAYOUT, 100)
-    assert batch.token_ids.tolist() == [[1, 9, 7, PAD, PAD], [1, 9, 7, 7, 7]]
-    assert batch.completion_mask.tolist() == [[True, False, False], [True, True, True]]
-    assert batch.logit_index[1].tolist() == [1, 2, 3]
+    assert batch.attention_mask is not None
+    seen = [[k for k, visible in enumerate(row) if visible] for row in batch.attention_mask[0, 0].tolist()]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [0, 1, 3, 4, 5]]
+
+
+def test_an_empty_completion_has_no_logprobs_and_disturbs_no_sibling(policy: Policy) -> None:
+    (batch,) = make_microbatches(_text_groups([0, 2]), policy.layout, 100)
+    logprobs = completion_logprobs(policy.model, batch, 1.0, 8)
+    (alone,) = make_microbatches(_text_groups([2]), policy.layout, 100)
+    assert logprobs[0].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(logprobs[1], completion_logprobs(policy.model, alone, 1.0, 8)[0])
 
 
 def test_a_prompt_without_images_has_logprobs_too(policy: Policy) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -21,7 +22,7 @@ from mars_trainer.batching import TokenLayout, expand_placeholders, pixels
 from mars_trainer.datasets import load_dataset
 from mars_trainer.datasets.base import PAIR
 from mars_trainer.model import Policy, load_policy
-from mars_trainer.sft import Demonstration, Phase, SftConfig, answer_text, encode, sft
+from mars_trainer.sft import Demonstration, Phase, SftConfig, answer_text, demonstrate, encode, sft
 from mars_trainer.tiny import SPECIAL_TOKENS, build_tokenizer, write_tiny
 
 COMMITTED = Path(__file__).parents[1] / "models" / "tiny"
@@ -91,7 +92,7 @@ def test_the_chat_template_renders_sources_and_plain_strings(policy: Policy) -> 
     )
 
 
-@pytest.mark.parametrize(("size", "grid"), [((56, 56), [1, 4, 4]), ((112, 112), [1, 8, 8]), ((4000, 1000), [1, 16, 62])])
+@pytest.mark.parametrize(("size", "grid"), [((56, 56), [1, 4, 4]), ((112, 112), [1, 8, 8]), ((4000, 1000), [1, 16, 64])])
 def test_images_become_multiples_of_28_within_the_pixel_limits(policy: Policy, size: tuple[int, int], grid: list[int]) -> None:
     pixel_values, grid_thw = pixels(policy.processor, [Image.new("RGB", size, (128, 128, 128))])
     assert grid_thw.tolist() == [grid]
@@ -131,6 +132,24 @@ def test_a_demonstration_shows_the_images_of_its_view(policy: Policy, only: str 
     assert group.prompt.token_ids.count(policy.layout.image_token_id) == 4 * images
     if view is View.REPEAT:
         assert torch.equal(group.prompt.pixel_values[:16], group.prompt.pixel_values[16:])
+
+
+@pytest.mark.parametrize("name", list(DatasetName))
+def test_a_pair_is_answered_by_what_the_named_source_shows_and_a_single_source_rightly(tmp_path: Path, name: DatasetName) -> None:
+    demos = demonstrate(load_dataset(name), 60, SftConfig(tmp_path), np.random.default_rng(0))
+    pairs, singles = ([d for d in demos if (d.only is None) is multi] for multi in (True, False))
+    assert all(d.truth == d.sample.truth and d.thought == d.only for d in singles)
+    assert {d.view for d in singles} == {View.SINGLE, View.REPEAT}
+    assert all(d.truth == d.sample.shows[d.thought] for d in pairs if d.sample.shows[d.thought] is not None)
+    assert len(pairs) >= 5 and {d.thought for d in pairs} == set(PAIR)
+    assert any(d.truth != d.sample.truth for d in pairs)
+
+
+def test_neighbouring_numbers_begin_with_similar_embeddings(policy: Policy) -> None:
+    table, tokenizer = policy.model.get_input_embeddings().weight, policy.processor.tokenizer
+    at = {n: table[tokenizer.convert_tokens_to_ids(str(n))] for n in (49, 50, 100)}
+    near, far = (torch.cosine_similarity(at[50], at[n], dim=0).item() for n in (49, 100))
+    assert near > 0.5 and near > far + 0.2
 
 
 def test_the_warm_start_lowers_its_loss_and_gives_the_same_weights_again(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def _collate(groups: Sequence[EncodedGroup], sequences: Sequence[_Sequence], lay
             positions[:, number, span] = next_position + torch.arange(len(ids))
             owner[number, span] = row
             logit_sequence[row] = number
-            logit_index[row, 1 : len(ids)] = torch.arange(end, end + len(ids) - 1)
+            logit_index[row, 1 : len(ids)] = torch.arange(end, max(end, end + len(ids) - 1))
             logit_index[row, 0] = len(prompt) - 1
             end = span.stop
     padded = torch.nn.utils.rnn.pad_sequence(completions, batch_first=True, padding_value=layout.pad_token_id)

@@ -1,9 +1,9 @@
 """The warm start: teach a tiny random policy to answer in format, with much room left.
 
-Mostly it imitates right answers to single sources of any clarity (both mono-source views).
-To pairs it sees answers of mixed worth: the source that the thought names is drawn at random
-and part of the answers belong to other samples. So it reads single sources fairly, answers
-pairs in format, and has yet to learn which source to trust.
+It imitates right answers to single sources of any clarity (in both mono-source views), and to
+pairs what a source drawn at random shows by itself, right or not, after a thought that names
+this source. So it reads single sources fairly and answers pairs in format, but trusts either
+source as readily as the other: what to trust is left to learn.
 
     python -m mars_trainer.sft --out models/tiny --seed 0
 """
@@ -54,10 +54,9 @@ class Phase:
 
 
 PHASES = (
-    Phase(1000, ((DatasetName.DIGITS, 32), (DatasetName.SCENE, 16)), 2e-3),
-    Phase(500, ((DatasetName.DIGITS, 8), (DatasetName.SCENE, 32)), 1e-3),
+    Phase(700, ((DatasetName.DIGITS, 24), (DatasetName.SCENE, 24)), 2e-3),
+    Phase(400, ((DatasetName.DIGITS, 16), (DatasetName.SCENE, 32)), 1e-3),
 )
-"""Digits come first, since what they teach to see makes boxes quicker to learn."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,6 @@ class SftConfig:
         out: folder of the model; made if it doesn't exist, files in it replaced.
         steps: stop after so many; None: go through all phases.
         mono_share: share of single-source demonstrations.
-        right_share: share of right answers among demonstrations on pairs.
         snapshot_every: steps between whole model folders beside `out` (named out-STEP); 0: none.
     """
 
@@ -77,8 +75,7 @@ class SftConfig:
     phases: tuple[Phase, ...] = PHASES
     steps: int | None = None
     warmup_steps: int = 50
-    mono_share: float = 0.85
-    right_share: float = 0.6
+    mono_share: float = 0.75
     threads: int = 1
     snapshot_every: int = 0
 
@@ -155,9 +152,9 @@ def demonstrate(dataset: Dataset, count: int, config: SftConfig, rng: np.random.
             demos.append(Demonstration(sample, PAIR, name, view, name, sample.truth))
         else:
             sample = dataset.train[int(rng.integers(len(dataset.train)))]
-            right = not demos or rng.random() < config.right_share
-            truth = sample.truth if right else demos[int(rng.integers(len(demos)))].sample.truth
-            demos.append(Demonstration(sample, PAIR, None, View.SINGLE, str(rng.choice([*PAIR, "both"])), truth))
+            name = str(rng.choice(PAIR))
+            shown = sample.shows[name] or (demos[int(rng.integers(len(demos)))].truth if demos else sample.truth)
+            demos.append(Demonstration(sample, PAIR, None, View.SINGLE, name, shown))
     return demos
 
 

@@ -123,9 +123,14 @@ class SceneDataset:
             prompt_id=f"{self.name}/{split}/{index}",
             question=QUESTION,
             images={name: _render(name, place, look, rng) for name, look in looks.items()},
-            truth=BoxesTruth(boxes=tuple(person.box for person in persons), width_px=SIDE_PX, height_px=SIDE_PX),
+            truth=_truth(persons),
+            shows={name: _truth(look.persons) if look.persons else None for name, look in looks.items()},
             meta=meta | {"sources": {name: _describe(look) for name, look in looks.items()}},
         )
+
+
+def _truth(persons: list[Person]) -> BoxesTruth:
+    return BoxesTruth(boxes=tuple(person.box for person in persons), width_px=SIDE_PX, height_px=SIDE_PX)
 
 
 def _render(name: str, place: Place, look: Look, rng: np.random.Generator) -> bytes:
