@@ -12,6 +12,8 @@ import pytest
 from mars_shared.queue import Queue
 from mars_shared.server import EmbeddedValkey
 
+pytest_plugins = ["rollout_fixtures"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -28,7 +28,6 @@ from safetensors.torch import save_file
 
 from mars_rollout.engine.environment import configure_environment
 from mars_rollout.group import GroupMaker
-from mars_rollout.policy import model_fingerprint
 from mars_rollout.render import PromptRenderer
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import (
@@ -43,7 +42,7 @@ from mars_shared.contracts import (
 )
 from mars_shared.server import EmbeddedValkey
 from mars_shared.settings import DataSection, DatasetName, Recipe, load_recipe
-from mars_shared.weights import WeightsStore
+from mars_shared.weights import WeightsStore, model_fingerprint
 from mars_trainer.model import Policy as TrainerPolicy
 from mars_trainer.model import load_policy
 from mars_trainer.publish import policy_tensors

@@ -115,6 +115,22 @@ def prompts_of(run: str, *indices: int, purpose: Purpose = Purpose.TRAIN) -> lis
     return [make_prompt(index, run=run, purpose=purpose) for index in indices]
 
 
+async def until(condition: Callable[[], object], task: asyncio.Task[list[Answer]]) -> None:
+    """Wait for what `task` brings about."""
+    async with asyncio.timeout(PATIENT_S):
+        while not condition():
+            assert not task.done(), "it ended before"
+            await asyncio.sleep(0.01)
+
+
+async def filled(queue: Queue, stream: str, entries: int, task: asyncio.Task[list[Answer]]) -> None:
+    """Wait until a stream holds so many entries."""
+    async with asyncio.timeout(PATIENT_S):
+        while await queue.depth(stream) < entries:
+            assert not task.done(), task.exception()
+            await asyncio.sleep(0.01)
+
+
 async def patiently(answer: Awaitable[list[Answer]]) -> list[Answer]:
     return await asyncio.wait_for(answer, PATIENT_S)
 
@@ -149,8 +165,7 @@ async def test_nothing_asked_is_answered_at_once(exchange: Exchange) -> None:
 async def test_no_more_prompts_wait_than_the_bound_and_all_are_answered(queue: Queue, patient_queue: Queue, run_name: str, fast: None) -> None:
     exchange = make_exchange(queue, run_name, bound=3)
     gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(10))))
-    while exchange.outstanding < 3:
-        await asyncio.sleep(0.01)
+    await until(lambda: exchange.outstanding >= 3, gathering)
     await asyncio.sleep(0.4)
     assert await queue.depth(exchange.streams.prompts) == 3 == exchange.outstanding
     async with working(Worker(patient_queue, run_name)):
@@ -207,8 +222,7 @@ async def test_more_prompts_may_die_at_once_than_one_look_shows(exchange: Exchan
     await exchange.start()
     gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(130)), replace=replace))
     worker = Worker(patient_queue, run_name, refuse=frozenset(range(130)))
-    while await patient_queue.depth(exchange.streams.prompts) < 130:
-        await asyncio.sleep(0.01)
+    await filled(patient_queue, exchange.streams.prompts, 130, gathering)
     claims = [await patient_queue.claim(exchange.streams.prompts, "replica", wait_s=0) for _ in range(130)]
     await asyncio.gather(*(patient_queue.dead_letter(claim, "ImageError", "torn") for claim in claims if claim))
     async with working(worker):
@@ -237,9 +251,7 @@ async def test_a_scored_entry_that_is_rubbish_is_dead_lettered_and_the_run_goes_
         await patient_queue.put(stream, payload, dedupe_key=key, bound=10)
     worker = Worker(patient_queue, run_name)
     gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, 1)))
-    while await patient_queue.depth(exchange.streams.dead) < 3:
-        assert not gathering.done(), gathering.exception()
-        await asyncio.sleep(0.01)
+    await filled(patient_queue, exchange.streams.dead, 3, gathering)
     await asyncio.sleep(0.5)  # time to look at the dead
     async with working(worker):
         assert indices(await patiently(gathering)) == [1]
@@ -261,8 +273,7 @@ async def test_a_prompt_that_redis_lost_is_asked_again(
 async def test_a_prompt_lost_twice_is_asked_a_third_time(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
     async with working(Worker(patient_queue, run_name, lose={1})) as worker:
         gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, 1)))
-        while worker.lose:
-            await asyncio.sleep(0.01)
+        await until(lambda: not worker.lose, gathering)
         worker.lose.add(1)
         assert indices(await patiently(gathering)) == [1]
     assert worker.seen == ["train-00000001"] * 3
@@ -306,8 +317,7 @@ async def test_a_restarted_trainer_clears_what_its_predecessor_left(queue: Queue
     before = make_exchange(queue, run_name)
     gathering = asyncio.create_task(before.gather(prompts_of(run_name, *range(4))))
     worker = Worker(patient_queue, run_name)
-    while before.outstanding < 4:
-        await asyncio.sleep(0.01)
+    await filled(queue, before.streams.prompts, 4, gathering)
     for _ in range(2):
         assert await worker.step()
     gathering.cancel()
@@ -347,8 +357,7 @@ async def test_redis_may_die_in_the_middle_with_its_data_or_without(
         await exchange.start()
         gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(6))))
         worker = Worker(worker_queue, run_name)
-        while exchange.outstanding < 6:
-            await asyncio.sleep(0.01)
+        await until(lambda: exchange.outstanding >= 6, gathering)
         for _ in range(4):
             assert await worker.step()
         await asyncio.to_thread(own_valkey.stop)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -24,6 +25,11 @@ from mars_shared.errors import IntegrityError
 from mars_shared.files import fsync_path, write_atomic
 
 MANIFEST = "manifest.json"
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hash of a model folder's configuration: weights fit the architecture that has the same one."""
+    return sha256((folder / "config.json").read_bytes()).hexdigest()
 
 
 def describe_file(path: Path) -> WeightFile:

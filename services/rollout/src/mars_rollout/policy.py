@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -15,7 +14,7 @@ from mars_rollout.engine.base import BASE_WEIGHTS_ID, Engine
 from mars_rollout.metrics import count_update
 from mars_shared.contracts import PolicyVersion, Prompt, WeightManifest
 from mars_shared.errors import InputError, IntegrityError, NotReadyError
-from mars_shared.weights import WeightsStore
+from mars_shared.weights import WeightsStore, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +155,3 @@ class Policy:
 
 def _tolerates(wanted: PolicyVersion, served: PolicyVersion, max_staleness: int) -> bool:
     return wanted.incarnation == served.incarnation and abs(wanted.step - served.step) <= max_staleness
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Hash of a model folder's configuration: which architecture weights must fit."""
-    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()

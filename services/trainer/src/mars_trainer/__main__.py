@@ -19,7 +19,7 @@ from mars_shared.http import HttpServer, bind
 from mars_shared.queue import Queue
 from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
 from mars_shared.telemetry import EventLog, configure_logging
-from mars_shared.weights import WeightsStore
+from mars_shared.weights import WeightsStore, model_fingerprint
 from mars_trainer.app import build_app
 from mars_trainer.checkpoint import CheckpointStore, Ledger
 from mars_trainer.datasets import load_dataset
@@ -27,7 +27,7 @@ from mars_trainer.dispatch import PromptMaker
 from mars_trainer.exchange import Exchange, trainer_queue
 from mars_trainer.learner import Learner
 from mars_trainer.loop import Progress, TrainingRun
-from mars_trainer.publish import Publisher, model_fingerprint
+from mars_trainer.publish import Publisher
 from mars_trainer.samples import SampleLog
 
 logger = logging.getLogger("mars_trainer")

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from mars_shared.contracts import PolicyVersion, WeightManifest
 from mars_shared.settings import Recipe
-from mars_shared.weights import WeightsStore
+from mars_shared.weights import WeightsStore, model_fingerprint
 
 WEIGHTS_FILE = "model.safetensors"
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Hash of the model's configuration: which architecture weights fit."""
-    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
 
 
 def policy_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
