@@ -22,7 +22,7 @@ from mars_trainer.batching import TokenLayout, expand_placeholders, pixels
 from mars_trainer.datasets import load_dataset
 from mars_trainer.datasets.base import PAIR
 from mars_trainer.model import Policy, load_policy
-from mars_trainer.sft import Demonstration, Phase, SftConfig, answer_text, demonstrate, encode, sft
+from mars_trainer.sft import Demonstration, SftConfig, answer_text, demonstrate, encode, sft
 from mars_trainer.tiny import SPECIAL_TOKENS, build_tokenizer, write_tiny
 
 COMMITTED = Path(__file__).parents[1] / "models" / "tiny"
@@ -154,8 +154,8 @@ def test_neighbouring_numbers_begin_with_similar_embeddings(policy: Policy) -> N
 
 def test_the_warm_start_lowers_its_loss_and_gives_the_same_weights_again(tmp_path: Path) -> None:
     lines: list[str] = []
-    phase = Phase(steps=3, samples=((DatasetName.DIGITS, 4), (DatasetName.SCENE, 2)), learning_rate=2e-3)
-    folders = [sft(SftConfig(tmp_path / name, phases=(phase,), warmup_steps=1), lines.append) for name in ("one", "two")]
+    samples = ((DatasetName.DIGITS, 4), (DatasetName.SCENE, 2))
+    folders = [sft(SftConfig(tmp_path / name, steps=3, samples=samples, warmup_steps=1), lines.append) for name in ("one", "two")]
     first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
     assert first == second
     digits, scene = re.fullmatch(r"warm start: step 3 of 3, loss digits (.+), scene (.+), \d+ s", lines[0]).groups()

@@ -40,44 +40,27 @@ MAX_IMAGE_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A stretch of steps with one mixture; the learning rate warms up and falls in each.
-
-    Attributes:
-        samples: demonstrations a step, by dataset.
-        learning_rate: its highest value.
-    """
-
-    steps: int
-    samples: tuple[tuple[DatasetName, int], ...]
-    learning_rate: float
-
-
-PHASES = (
-    Phase(700, ((DatasetName.DIGITS, 24), (DatasetName.SCENE, 24)), 2e-3),
-    Phase(400, ((DatasetName.DIGITS, 16), (DatasetName.SCENE, 32)), 1e-3),
-)
-
-
-@dataclass(frozen=True)
 class SftConfig:
     """What a warm start depends on, besides package versions and CPU type.
 
     Attributes:
         out: folder of the model; made if it doesn't exist, files in it replaced.
-        steps: stop after so many; None: go through all phases.
+        steps: length of the schedule along which the learning rate falls.
+        stop_after: steps taken of it; stopping early leaves the policy much room to learn.
+        samples: demonstrations a step, by dataset.
+        learning_rate: its highest value; it warms up and then falls along a cosine.
         mono_share: share of single-source demonstrations.
-        snapshot_every: steps between whole model folders beside `out` (named out-STEP); 0: none.
     """
 
     out: Path
     seed: int = 0
-    phases: tuple[Phase, ...] = PHASES
-    steps: int | None = None
+    steps: int = 700
+    stop_after: int = 500
+    samples: tuple[tuple[DatasetName, int], ...] = ((DatasetName.DIGITS, 24), (DatasetName.SCENE, 24))
+    learning_rate: float = 2e-3
     warmup_steps: int = 50
     mono_share: float = 0.75
     threads: int = 1
-    snapshot_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,26 +87,22 @@ def sft(config: SftConfig, report: Callable[[str], None]) -> Path:
 
 
 def train(policy: Policy, config: SftConfig, report: Callable[[str], None]) -> None:
-    """Train a policy in place through all phases."""
+    """Train a policy in place."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     rng = np.random.default_rng(config.seed)
     started = time.monotonic()
-    schedule = [(phase, step) for phase in config.phases for step in range(1, phase.steps + 1)][: config.steps]
-    for number, (phase, phase_step) in enumerate(schedule, start=1):
+    last_step = min(config.stop_after, config.steps)
+    for step in range(1, last_step + 1):
         for group in optimizer.param_groups:
-            group["lr"] = phase.learning_rate * _rate_factor(phase_step, phase.steps, config.warmup_steps)
-        losses = {name: _loss(policy, load_dataset(name), count, config, rng) for name, count in phase.samples}
+            group["lr"] = config.learning_rate * _rate_factor(step, config.steps, config.warmup_steps)
+        losses = {name: _loss(policy, load_dataset(name), count, config, rng) for name, count in config.samples}
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
-        if number % 25 == 0 or number == len(schedule):
+        if step % 25 == 0 or step == last_step:
             values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            report(f"warm start: step {number} of {len(schedule)}, loss {values}, {time.monotonic() - started:.0f} s")
-        if config.snapshot_every and number % config.snapshot_every == 0:
-            folder = config.out.with_name(f"{config.out.name}-{number}")
-            write_tiny(folder, config.seed)
-            save_policy(policy.model, folder)
+            report(f"warm start: step {step} of {last_step}, loss {values}, {time.monotonic() - started:.0f} s")
 
 
 def _rate_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -192,7 +171,7 @@ def main() -> None:
     """The command line; every option has SftConfig's default."""
     parser = argparse.ArgumentParser(prog="mars_trainer.sft", description="Warm-start a tiny policy.")
     parser.add_argument("--out", type=Path, required=True)
-    for name, kind in (("seed", int), ("steps", int), ("threads", int), ("snapshot-every", int)):
+    for name, kind in (("seed", int), ("steps", int), ("stop-after", int), ("threads", int)):
         parser.add_argument(f"--{name}", type=kind, default=getattr(SftConfig, name.replace("-", "_")))
     sft(SftConfig(**vars(parser.parse_args())), report=_write_line)
 

@@ -171,8 +171,7 @@ def write_tiny(folder: Path, seed: int) -> Qwen2_5_VLForConditionalGeneration:
 def _order_numbers(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer) -> None:
     """Let numbers begin with embeddings that change smoothly with their value.
 
-    Neighbours then share what is learned about one of them: coordinates of a box are learned
-    several times quicker than with independent embeddings.
+    Neighbours then share what is learned about one of them, e.g. that a coordinate is likely.
     """
     table = model.get_input_embeddings().weight
     ids = [tokenizer.token_to_id(str(number)) for number in range(MAX_SIDE_PX + 1)]
