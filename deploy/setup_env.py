@@ -7,6 +7,7 @@ otherwise. A stamp in the environment records what was installed: nothing is don
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "mars-stamp"
+FOR = VENV / "mars-made-for"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DISTRIBUTIONS = ["shared", "services/reward", "services/trainer", "services/rollout"]
 
@@ -34,8 +36,11 @@ def main() -> int:
         return 0
     started = time.monotonic()
     say(f"setting up .venv with the {stack} stack (minutes the first time)")
-    if not PYTHON.exists():
-        venv.create(VENV, with_pip=True, symlinks=True)
+    if not usable(stack):
+        if importlib.util.find_spec("ensurepip") is None:
+            return fail("this Python has no venv support; on Debian and Ubuntu install the package python3-venv")
+        venv.create(VENV, with_pip=True, symlinks=True, clear=True)
+        FOR.write_text(made_for(stack))
     STAMP.unlink(missing_ok=True)
     if stack == "cpu":
         install_cpu_torch()
@@ -47,6 +52,18 @@ def main() -> int:
     STAMP.write_text(stamp)
     say(f"ready in {time.monotonic() - started:.0f} s")
     return 0
+
+
+def made_for(stack: str) -> str:
+    """What an environment cannot be changed from once it is made."""
+    return f"{stack} {sys.version}"
+
+
+def usable(stack: str) -> bool:
+    """Whether .venv is whole and was made for this stack and this Python."""
+    if not (FOR.is_file() and FOR.read_text() == made_for(stack)):
+        return False
+    return subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
 def has_nvidia_gpu() -> bool:

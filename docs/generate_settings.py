@@ -94,6 +94,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return " or ".join(f"`{member.value}`" for member in annotation)
+    if get_origin(annotation) is tuple and Ellipsis in get_args(annotation):
+        return "list of text"
     if get_origin(annotation) is tuple:
         return f"{len(get_args(annotation))} numbers"
     kinds = [kind for kind in get_args(annotation) if kind is not NoneType]

@@ -15,11 +15,15 @@ from mars_trainer.algorithm.advantages import EPS, GroupAdvantages, grpo_advanta
 
 rewards = st.floats(-10, 10, allow_nan=False)
 multi_rewards = st.lists(rewards, min_size=1, max_size=16)
-mono_rewards = st.dictionaries(st.sampled_from(["visible", "infrared", "depth"]), st.lists(rewards, min_size=1, max_size=3), min_size=1)
+mono_rewards = st.dictionaries(
+    st.sampled_from(["visible", "infrared", "depth"]), st.lists(rewards, min_size=1, max_size=3), min_size=1
+)
 
 
 def close(actual: Sequence[float], expected: Sequence[float], tolerance: float = 1e-9) -> bool:
-    return len(actual) == len(expected) and all(math.isclose(a, b, abs_tol=tolerance) for a, b in zip(actual, expected, strict=True))
+    return len(actual) == len(expected) and all(
+        math.isclose(a, b, abs_tol=tolerance) for a, b in zip(actual, expected, strict=True)
+    )
 
 
 def test_a_group_by_hand() -> None:
@@ -70,7 +74,11 @@ def test_a_pool_of_equal_rewards_gives_zero_to_all(value: float, generations: in
 def test_without_mono_rollouts_it_is_grpo_and_the_gain_is_undefined() -> None:
     # r = (1, 0, 0, 0): mean 0.25, sample std sqrt((9/16 + 3/16) / 3) = 0.5.
     expected = (0.75 / 0.500001, *(-0.25 / 0.500001,) * 3)
-    for group in (grpo_advantages((1, 0, 0, 0)), mars_advantages((1, 0, 0, 0), {}), mars_advantages((1, 0, 0, 0), {"visible": ()})):
+    for group in (
+        grpo_advantages((1, 0, 0, 0)),
+        mars_advantages((1, 0, 0, 0), {}),
+        mars_advantages((1, 0, 0, 0), {"visible": ()}),
+    ):
         assert close(group.advantages_G, expected)
         assert group.gain is None and group.gain_by_source == {}
 
@@ -103,14 +111,18 @@ def test_the_mean_advantage_is_the_gain_on_the_scale_of_the_pool(multi: list[flo
 
 
 @given(multi=multi_rewards, mono=mono_rewards, order=st.randoms(use_true_random=False))
-def test_the_order_of_completions_and_sources_does_not_matter(multi: list[float], mono: dict[str, list[float]], order: object) -> None:
+def test_the_order_of_completions_and_sources_does_not_matter(
+    multi: list[float], mono: dict[str, list[float]], order: object
+) -> None:
     positions = list(range(len(multi)))
     order.shuffle(positions)  # type: ignore[attr-defined]
     turned = {name: list(reversed(mono[name])) for name in reversed(list(mono))}
     straight = mars_advantages(multi, mono)
     shuffled = mars_advantages([multi[p] for p in positions], turned)
     assert close(shuffled.advantages_G, [straight.advantages_G[p] for p in positions])
-    assert close([shuffled.pool_mean, shuffled.pool_std, shuffled.gain or 0], [straight.pool_mean, straight.pool_std, straight.gain or 0])
+    assert close(
+        [shuffled.pool_mean, shuffled.pool_std, shuffled.gain or 0], [straight.pool_mean, straight.pool_std, straight.gain or 0]
+    )
 
 
 @given(multi=multi_rewards)
@@ -121,8 +133,12 @@ def test_without_mono_rollouts_advantages_sum_to_zero(multi: list[float]) -> Non
 
 
 @given(multi=multi_rewards, mono=mono_rewards, shift=st.floats(-5, 5))
-def test_a_constant_added_to_all_rewards_changes_no_advantage(multi: list[float], mono: dict[str, list[float]], shift: float) -> None:
-    moved = mars_advantages([r + shift for r in multi], {name: [s + shift for s in values] for name, values in mono.items()}, scale_rewards=False)
+def test_a_constant_added_to_all_rewards_changes_no_advantage(
+    multi: list[float], mono: dict[str, list[float]], shift: float
+) -> None:
+    moved = mars_advantages(
+        [r + shift for r in multi], {name: [s + shift for s in values] for name, values in mono.items()}, scale_rewards=False
+    )
     assert close(moved.advantages_G, mars_advantages(multi, mono, scale_rewards=False).advantages_G)
 
 

@@ -36,24 +36,34 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
+def seconds_of(pid: int) -> float:
+    return cpu_seconds([pid])[pid]
+
+
 def line_of(stream: IO[str] | None) -> str:
     assert stream is not None
     return stream.readline().strip()
 
 
+def test_a_session_that_ended_has_used_nothing_more() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    ended.wait()
+    assert cpu_seconds([ended.pid]) == {ended.pid: 0}
+
+
 def test_a_session_has_used_what_its_process_burnt(start: Start) -> None:
     worker = start(BURN.format(seconds=0.3) + SAY_AND_WAIT)
-    used = cpu_seconds([worker.pid])
+    used = seconds_of(worker.pid)
     # The kernel counts in ticks of 10 ms; the program itself ends within a tick or two of 0.3.
     assert 0.25 <= used <= 2
-    assert cpu_seconds([worker.pid]) >= used
+    assert seconds_of(worker.pid) >= used
 
 
 def test_only_the_named_sessions_count(start: Start) -> None:
     busy, idle = start(BURN.format(seconds=0.3) + SAY_AND_WAIT), start(SAY_AND_WAIT)
-    assert cpu_seconds([idle.pid]) < 0.25 <= cpu_seconds([busy.pid])
-    assert cpu_seconds([busy.pid, idle.pid]) >= cpu_seconds([busy.pid])
-    assert cpu_seconds([]) == 0
+    assert seconds_of(idle.pid) < 0.25 <= seconds_of(busy.pid)
+    assert cpu_seconds([busy.pid, idle.pid]).keys() == {busy.pid, idle.pid}
+    assert cpu_seconds([]) == {}
     assert os.getsid(0) not in (busy.pid, idle.pid)
 
 
@@ -62,12 +72,12 @@ def test_children_of_the_session_count_whether_they_live_or_were_reaped(start: S
     child = BURN.format(seconds=0.3) + ("" if reaped else SAY_AND_WAIT)
     program = f"import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', {child!r}], stdin=sys.stdin)\n"
     program += ("child.wait()\n" + SAY_AND_WAIT) if reaped else "child.wait()\n"
-    assert 0.25 <= cpu_seconds([start(program).pid]) <= 2
+    assert 0.25 <= seconds_of(start(program).pid) <= 2
 
 
 def test_a_command_with_spaces_and_parentheses_in_its_name_is_counted(start: Start) -> None:
     rename = "import ctypes\nctypes.CDLL(None).prctl(15, b'a) R 1 (b', 0, 0, 0)\n"
-    assert cpu_seconds([start(rename + BURN.format(seconds=0.3) + SAY_AND_WAIT).pid]) >= 0.25
+    assert seconds_of(start(rename + BURN.format(seconds=0.3) + SAY_AND_WAIT).pid) >= 0.25
 
 
 def test_efficiency_is_the_share_of_all_cores_between_the_first_evaluation_and_the_last_step(start: Start) -> None:

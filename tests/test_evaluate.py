@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from builders import V0, image_bytes, make_group, make_prompt, make_score, make_scored, sampling
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import Decoding, Purpose, Score, ScoredGroup, TextTruth
-from mars_shared.errors import MediaTypeError
+from mars_shared.errors import InputError, MediaTypeError
 from mars_shared.settings import Recipe
 from mars_trainer.algorithm.advantages import mars_advantages
 from mars_trainer.datasets.base import Sample
@@ -88,7 +88,7 @@ def test_the_metric_is_accuracy_or_iou_and_never_the_format() -> None:
 
 
 def test_an_evaluation_without_any_answer_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no evaluation group was answered"):
+    with pytest.raises(InputError, match="not one sample was answered"):
         summarise([])
 
 
@@ -115,7 +115,10 @@ def test_a_training_prompt_asks_what_the_recipe_says(tmp_path: Path) -> None:
     assert (prompt.task_id, prompt.purpose, prompt.epoch, prompt.dispatch_index) == ("train-00000041", Purpose.TRAIN, 3, 41)
     assert (prompt.sampling.num_generations, prompt.sampling.num_mono, prompt.sampling.seed) == (4, 2, 7)
     assert prompt.policy_version == V0 and prompt.max_staleness == 0
-    assert [(source.name, source.media_type) for source in prompt.sources] == [("visible", "image/jpeg"), ("infrared", "image/png")]
+    assert [(source.name, source.media_type) for source in prompt.sources] == [
+        ("visible", "image/jpeg"),
+        ("infrared", "image/png"),
+    ]
     assert blobs.get(prompt.sources[0].blob) == visible
 
 

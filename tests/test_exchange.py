@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 from builders import make_group, make_prompt, make_score, make_scored
 from mars_shared.contracts import Prompt, Purpose, ScoredGroup
 from mars_shared.errors import QueueUnavailableError
-from mars_shared.queue import Claim, DeadLetter, PutResult, Queue, Streams
+from mars_shared.queue import Claim, DeadLetter, Queue, Streams
 from mars_shared.server import EmbeddedValkey
 from mars_trainer import exchange as exchange_module
 from mars_trainer.exchange import Answer, Exchange, trainer_queue
@@ -148,7 +148,12 @@ def indices(answers: list[Answer]) -> list[int]:
 
 async def depths(queue: Queue, run: str) -> dict[str, int]:
     streams = Streams(run)
-    names = {"prompts": streams.prompts, "rollouts": streams.rollouts, "scored": streams.scored(Purpose.TRAIN), "dead": streams.dead}
+    names = {
+        "prompts": streams.prompts,
+        "rollouts": streams.rollouts,
+        "scored": streams.scored(Purpose.TRAIN),
+        "dead": streams.dead,
+    }
     return {name: await queue.depth(stream) for name, stream in names.items()}
 
 
@@ -165,7 +170,9 @@ async def test_answers_come_in_dispatch_order_and_stay_in_the_stream_until_ackno
     assert await depths(exchange.queue, run_name) == {"prompts": 0, "rollouts": 0, "scored": 0, "dead": 0}
 
 
-async def test_whoever_waits_for_the_queue_can_be_cancelled_at_any_moment(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+async def test_whoever_waits_for_the_queue_can_be_cancelled_at_any_moment(
+    exchange: Exchange, patient_queue: Queue, run_name: str
+) -> None:
     # The cancellation must not get lost in a command that is on its way: services end by it.
     async def look() -> None:
         while True:
@@ -185,7 +192,9 @@ async def test_nothing_asked_is_answered_at_once(exchange: Exchange) -> None:
     assert await patiently(exchange.gather([])) == []
 
 
-async def test_no_more_prompts_wait_than_the_bound_and_all_are_answered(queue: Queue, patient_queue: Queue, run_name: str, fast: None) -> None:
+async def test_no_more_prompts_wait_than_the_bound_and_all_are_answered(
+    queue: Queue, patient_queue: Queue, run_name: str, fast: None
+) -> None:
     exchange = make_exchange(queue, run_name, bound=3)
     gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(10))))
     await until(lambda: exchange.outstanding >= 3, gathering)
@@ -322,16 +331,16 @@ async def test_what_is_only_slow_is_not_asked_again(exchange: Exchange, patient_
     await asyncio.sleep(1.0)  # several reconciliations, with one prompt waiting and one in a replica's hands
     assert claim is not None
     prompt = Prompt.model_validate_json(claim.payload)
-    await patient_queue.complete(
-        claim, forward=exchange.streams.rollouts, payload=scored(prompt).model_dump_json().encode()
-    )
+    await patient_queue.complete(claim, forward=exchange.streams.rollouts, payload=scored(prompt).model_dump_json().encode())
     await asyncio.sleep(0.5)
     async with working(Worker(patient_queue, run_name)) as worker:
         assert indices(await patiently(gathering)) == [1, 2]
     assert len(worker.seen) == 1
 
 
-async def test_an_answer_whose_delivery_was_lost_on_the_way_still_arrives(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+async def test_an_answer_whose_delivery_was_lost_on_the_way_still_arrives(
+    exchange: Exchange, patient_queue: Queue, run_name: str
+) -> None:
     # The server handed the entry to "trainer", and the connection broke before the trainer saw it.
     stream = exchange.streams.scored(Purpose.TRAIN)
     payload = scored(make_prompt(1, run=run_name)).model_dump_json().encode()
@@ -350,7 +359,9 @@ async def test_the_same_prompts_can_be_asked_again_later(exchange: Exchange, pat
             await exchange.acknowledge(answers)
 
 
-async def test_a_restarted_trainer_clears_what_its_predecessor_left(queue: Queue, patient_queue: Queue, run_name: str, fast: None) -> None:
+async def test_a_restarted_trainer_clears_what_its_predecessor_left(
+    queue: Queue, patient_queue: Queue, run_name: str, fast: None
+) -> None:
     before = make_exchange(queue, run_name)
     gathering = asyncio.create_task(before.gather(prompts_of(run_name, *range(4))))
     worker = Worker(patient_queue, run_name)
@@ -365,7 +376,9 @@ async def test_a_restarted_trainer_clears_what_its_predecessor_left(queue: Queue
         assert indices(await patiently(again.gather(prompts_of(run_name, *range(4))))) == [0, 1, 2, 3]
 
 
-async def test_training_and_evaluation_do_not_take_each_others_answers(queue: Queue, patient_queue: Queue, run_name: str, fast: None) -> None:
+async def test_training_and_evaluation_do_not_take_each_others_answers(
+    queue: Queue, patient_queue: Queue, run_name: str, fast: None
+) -> None:
     training, evaluation = (make_exchange(queue, run_name, purpose=purpose) for purpose in (Purpose.TRAIN, Purpose.EVAL))
     for exchange in (training, evaluation):
         await exchange.start()
@@ -431,5 +444,3 @@ async def test_acknowledging_waits_for_redis(own_valkey: EmbeddedValkey, run_nam
     finally:
         await queue.close()
         await asyncio.to_thread(own_valkey.stop)
-
-

@@ -45,7 +45,9 @@ def sample_app(deployment: Deployment = LOOPBACK, *, ready: str | None = None) -
 
     @app.get("/fails/{kind}")
     async def fails(kind: str) -> None:
-        raise {"input": InputError, "media": MediaTypeError, "missing": BlobMissingError, "mars": MarsError}[kind](f"{kind} it is")
+        raise {"input": InputError, "media": MediaTypeError, "missing": BlobMissingError, "mars": MarsError}[kind](
+            f"{kind} it is"
+        )
 
     return app
 
@@ -76,7 +78,9 @@ def test_loopback_is_recognised(host: str) -> None:
     assert is_loopback(host)
 
 
-@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "10.0.0.1", "localhost.evil.example", "127.0.0.1.evil.example", "evil.example"])
+@pytest.mark.parametrize(
+    "host", ["", "0.0.0.0", "::", "10.0.0.1", "localhost.evil.example", "127.0.0.1.evil.example", "evil.example"]
+)
 def test_other_hosts_are_not_loopback(host: str) -> None:
     assert not is_loopback(host)
 
@@ -109,7 +113,9 @@ async def test_with_a_key_every_route_but_health_asks_for_it() -> None:
         assert (await client.post("/count", json={"count": 2}, headers=BEARER)).json() == {"count": 2}
 
 
-@pytest.mark.parametrize("value", ["Bearer wrong", "Bearer s3cret ", "bearer", KEY, "Basic s3cret", "Bearer s3cre", "Bearer s3cret2", "Bearer \xe9"])
+@pytest.mark.parametrize(
+    "value", ["Bearer wrong", "Bearer s3cret ", "bearer", KEY, "Basic s3cret", "Bearer s3cre", "Bearer s3cret2", "Bearer \xe9"]
+)
 async def test_a_wrong_key_is_refused(value: str) -> None:
     transport = httpx.ASGITransport(app=sample_app(LOCKED))
     async with httpx.AsyncClient(transport=transport, base_url="http://10.0.0.1") as client:
@@ -192,7 +198,9 @@ async def test_a_long_wrong_value_is_not_echoed_in_full() -> None:
     ("method", "path", "content", "status"),
     [("GET", "/nowhere", b"", 404), ("GET", "/count", b"", 405), ("POST", "/count", b"\xff", 400)],
 )
-async def test_what_the_framework_refuses_has_the_one_shape_of_errors_too(method: str, path: str, content: bytes, status: int) -> None:
+async def test_what_the_framework_refuses_has_the_one_shape_of_errors_too(
+    method: str, path: str, content: bytes, status: int
+) -> None:
     async with serving(sample_app()) as client:
         response = await client.request(method, path, content=content, headers={"Content-Type": "application/json"})
         assert response.status_code == status
@@ -236,7 +244,9 @@ def test_a_taken_port_is_an_error_that_names_it(taken_port: int) -> None:
         bind("127.0.0.1", taken_port)
 
 
-@pytest.mark.parametrize(("host", "port"), [("192.0.2.1", 0), ("no-such-host.invalid", 0), ("127.0.0.1", 65700), ("127.0.0.1", -1)])
+@pytest.mark.parametrize(
+    ("host", "port"), [("192.0.2.1", 0), ("no-such-host.invalid", 0), ("127.0.0.1", 65700), ("127.0.0.1", -1)]
+)
 def test_an_address_that_cannot_be_ours_is_an_error_that_names_it(host: str, port: int) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen on {host}:{port}"):
         bind(host, port)

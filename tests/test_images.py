@@ -60,7 +60,16 @@ def test_pixels_of_a_lossless_image_are_exact() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x89PN", b"GIF89a" + bytes(20), b"%PDF-1.7", b"<svg/>", b"BM" + bytes(60), b"RIFF\x00\x00\x00\x00WAVE", b"plain text"],
+    [
+        b"",
+        b"\x89PN",
+        b"GIF89a" + bytes(20),
+        b"%PDF-1.7",
+        b"<svg/>",
+        b"BM" + bytes(60),
+        b"RIFF\x00\x00\x00\x00WAVE",
+        b"plain text",
+    ],
 )
 def test_what_is_no_image_type_we_read_is_refused_by_its_bytes(data: bytes) -> None:
     for read in (opened, lambda data: media_type_of(data, what=WHAT)):

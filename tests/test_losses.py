@@ -124,7 +124,9 @@ def random_batch(lengths: list[int], seed: int) -> tuple[Tensor, ...]:
     return -logprobs, -logprobs + (noise - 0.5), -other, torch.randn(len(lengths), generator=generator, dtype=torch.float64), mask
 
 
-def loss_and_gradient(batch: tuple[Tensor, ...], loss_type: LossType, parts: list[list[int]]) -> tuple[float, Tensor, list[float]]:
+def loss_and_gradient(
+    batch: tuple[Tensor, ...], loss_type: LossType, parts: list[list[int]]
+) -> tuple[float, Tensor, list[float]]:
     """Sum over microbatches, each cut to its own longest completion, as the trainer pads them."""
     logprobs, old, ref, advantages, mask = batch
     leaf = logprobs.clone().requires_grad_()
@@ -158,7 +160,9 @@ def loss_and_gradient(batch: tuple[Tensor, ...], loss_type: LossType, parts: lis
     cuts=st.sets(st.integers(1, 6)),
     seed=st.integers(0, 2**31),
 )
-def test_microbatches_change_neither_loss_nor_gradient(lengths: list[int], loss_type: LossType, cuts: set[int], seed: int) -> None:
+def test_microbatches_change_neither_loss_nor_gradient(
+    lengths: list[int], loss_type: LossType, cuts: set[int], seed: int
+) -> None:
     batch = random_batch(lengths, seed)
     rows = list(range(len(lengths)))
     edges = [0, *sorted(cut for cut in cuts if cut < len(rows)), len(rows)]

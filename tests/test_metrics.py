@@ -22,7 +22,8 @@ from mars_trainer.metrics import finite, rollout_metrics
 def advantages_of(groups: Sequence[ScoredGroup]) -> list[GroupAdvantages]:
     return [
         mars_advantages(
-            group.rewards(Kind.MULTI), {source.name: group.rewards(Kind.MONO, source.name) for source in group.group.prompt.sources}
+            group.rewards(Kind.MULTI),
+            {source.name: group.rewards(Kind.MONO, source.name) for source in group.group.prompt.sources},
         )
         for group in groups
     ]
@@ -64,7 +65,12 @@ def test_parts_and_lengths_are_of_multi_source_completions_alone() -> None:
     for index, (tokens, reason) in enumerate(((2, FinishReason.STOP), (4, FinishReason.STOP), (9, FinishReason.LENGTH))):
         members[index] = make_completion(prompt.task_id, Kind.MULTI, None, index, tokens=tokens, finish_reason=reason)
     members[3] = make_completion(prompt.task_id, Kind.MONO, "visible", 0, tokens=99, finish_reason=FinishReason.LENGTH)
-    scores = [make_score(1.5, accuracy=1), make_score(0.5, accuracy=0), make_score(0, accuracy=0), *[make_score(9, accuracy=5)] * 2]
+    scores = [
+        make_score(1.5, accuracy=1),
+        make_score(0.5, accuracy=0),
+        make_score(0, accuracy=0),
+        *[make_score(9, accuracy=5)] * 2,
+    ]
     metrics = metrics_of(make_scored(make_group(prompt, members), scores))
     assert metrics["completions/mean_length"] == 5 and metrics["completions/median_length"] == 4
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 / 3)

@@ -138,7 +138,11 @@ def test_a_wrong_type_is_refused_and_not_converted(tmp_path: Path, section: str,
         ("rollout", 'mono_view = "double"', "'single' or 'repeat'"),
         ("rollout", "top_p = 0.0", "rollout.top_p = 0.0"),
         ("rollout", "temperature = 11.0", "temperature"),
-        ("rollout", "max_completion_length = 512", "rollout.max_completion_length is 512; expected less than model.max_model_len = 512"),
+        (
+            "rollout",
+            "max_completion_length = 512",
+            "rollout.max_completion_length is 512; expected less than model.max_model_len = 512",
+        ),
         ("reward", 'recipe = "papers"', "reward.recipe = 'papers'"),
     ],
 )
@@ -169,9 +173,10 @@ def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.
     ("name", "value", "message"),
     [
         ("MARS_TRAIN__STEPS", "ten", r"MARS_TRAIN__STEPS.*train.steps = 'ten'"),
-        ("MARS_TRAIN__STEP", "10", "unknown key train.step"),
-        ("MARS_TRIAN__STEPS", "10", "MARS_TRIAN__STEPS"),
-        ("MARS_MODEL", "models/tiny", "MARS_MODEL|model"),
+        ("MARS_TRAIN__STEP", "10", "MARS_TRAIN__STEP in the environment names no recipe key"),
+        ("MARS_TRIAN__STEPS", "10", "MARS_TRIAN__STEPS in the environment names no recipe key"),
+        ("MARS_MODEL", "models/tiny", "MARS_MODEL in the environment names no recipe key"),
+        ("MARS_TRAIN__ADAM_BETAS", "0.9", r"MARS_TRAIN__ADAM_BETAS.*from the environment: train.adam_betas"),
     ],
 )
 def test_a_wrong_override_is_refused_and_named(
@@ -220,8 +225,7 @@ def test_an_empty_api_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_line_answers_a_wrong_recipe_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(with_line("train", "learning_rat = 1e-3"))
-    for command in ("train", "up", "eval"):
-        done = subprocess.run([sys.executable, "-m", "mars_shared.cli", command, str(recipe)], capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.strip() == f"mars: recipe {recipe}: unknown key train.learning_rat"
+    done = subprocess.run([sys.executable, "-m", "mars_shared.cli", "train", str(recipe)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == f"mars: recipe {recipe}: unknown key train.learning_rat"
     assert list(tmp_path.iterdir()) == [recipe]

@@ -42,7 +42,9 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.said: list[str] = []
-        self.supervisor = Supervisor(log_dir=folder / "logs", environment=dict(os.environ) | {"STAGE": "test"}, say=self.said.append)
+        self.supervisor = Supervisor(
+            log_dir=folder / "logs", environment=dict(os.environ) | {"STAGE": "test"}, say=self.said.append
+        )
 
     def start(self, name: str, program: str, *arguments: str, **options: object) -> None:
         self.supervisor.start(Service(name, [sys.executable, "-c", program, *arguments], **options))  # type: ignore[arg-type]
@@ -83,7 +85,9 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
 
 
 def test_output_and_errors_go_to_one_log_per_service(stage: Stage) -> None:
-    stage.start("talker", "import os, sys; print('out', os.environ['STAGE'], flush=True); print('err', file=sys.stderr)", finishes=True)
+    stage.start(
+        "talker", "import os, sys; print('out', os.environ['STAGE'], flush=True); print('err', file=sys.stderr)", finishes=True
+    )
     stage.until(lambda: stage.supervisor.finished("talker"))
     assert stage.log("talker").split() == ["out", "test", "err"]
 
@@ -130,7 +134,9 @@ def test_a_killed_service_starts_again_under_another_pid_and_says_so(stage: Stag
     first = stage.pid("server")
     os.kill(first, signal.SIGKILL)
     stage.until(lambda: stage.supervisor.pids().get("server", first) != first)
-    assert any(re.match(r"server ended with signal 9; it starts again in 0.01 s \(log: .*server.log\)", line) for line in stage.said)
+    assert any(
+        re.match(r"server ended with signal 9; it starts again in 0.01 s \(log: .*server.log\)", line) for line in stage.said
+    )
     assert not is_alive(first)
 
 

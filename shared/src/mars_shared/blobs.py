@@ -6,6 +6,7 @@ and trainer see the same bytes.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -38,8 +39,11 @@ class BlobStore:
 
     def put_upload(self, data: bytes) -> str:
         """Store bytes that `sweep_uploads` may remove later. Returns their hash."""
-        name = self._write(self._uploads, data)
-        self._path(self._uploads, name).touch()
+        name = blake3(data).hexdigest()
+        try:
+            os.utime(self._path(self._uploads, name))
+        except FileNotFoundError:
+            return self._write(self._uploads, data)
         return name
 
     def get(self, name: str) -> bytes:
@@ -73,7 +77,11 @@ class BlobStore:
         oldest = time.time() - ttl_s
         removed = 0
         for path in self._uploads.glob("??/*"):
-            if path.stat().st_mtime < oldest:
+            try:
+                expired = path.stat().st_mtime < oldest
+            except FileNotFoundError:
+                continue  # another replica sweeps too
+            if expired:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
@@ -81,9 +89,9 @@ class BlobStore:
     def _write(self, folder: Path, data: bytes) -> str:
         name = blake3(data).hexdigest()
         path = self._path(folder, name)
-        if not path.exists():
+        if not (path.exists() and path.stat().st_size == len(data)):
             path.parent.mkdir(exist_ok=True)
-            write_atomic(path, data, durable=False)  # readers verify, and the trainer puts again what it asks again
+            write_atomic(path, data, durable=False)  # readers verify, and a torn file is written again
         return name
 
     @staticmethod

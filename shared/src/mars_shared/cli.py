@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mars_shared.client import get_json, request_rollouts
 from mars_shared.cpu import WorkMeter
@@ -33,7 +34,9 @@ POLL_S = 0.2
 DEMO_DIR = "runs/demo"
 
 RecipePath = Annotated[Path, typer.Argument(help="TOML recipe, e.g. recipes/digits.toml", metavar="RECIPE")]
-BasePort = Annotated[int, typer.Option("--port", help="first port: replicas from here, reward +100, trainer +200")]
+BasePort = Annotated[
+    int, typer.Option("--port", min=1, max=65_000, help="first port: replicas from here, reward +100, trainer +200")
+]
 
 
 def main() -> None:
@@ -213,7 +216,7 @@ def _print_rollouts(answer: dict[str, Any]) -> None:
         if scored:
             parts = "  ".join(f"{name} {value:.2f}" for name, value in scores[index]["parts"].items())
             row += [f"{scores[index]['reward']:.3f}", parts]
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        table.add_row(*(Text(cell) for cell in row))
     console.print(table)
     if answer.get("gain") is not None:
         console.print(f"gain (mean multi-source minus mean mono-source reward): {answer['gain']:+.3f}")
@@ -226,11 +229,11 @@ def _print_status(folder: Path, state: StackState) -> None:
         table.add_column(column)
     for index, port in enumerate(state.rollout_ports):
         url = state.url(port)
-        table.add_row(f"rollout-{index}", url, _say(f"{url}/v1/version", deployment, _version_text))
+        table.add_row(f"rollout-{index}", url, Text(_say(f"{url}/v1/version", deployment, _version_text)))
     url = state.url(state.reward_port)
-    table.add_row("reward", url, _say(f"{url}/readyz", deployment, lambda answer: str(answer["status"])))
+    table.add_row("reward", url, Text(_say(f"{url}/readyz", deployment, lambda answer: str(answer["status"]))))
     url = state.url(state.trainer_port)
-    table.add_row("trainer", url, _say(f"{url}/v1/run", deployment, _run_text))
+    table.add_row("trainer", url, Text(_say(f"{url}/v1/run", deployment, _run_text)))
     console.print(table)
 
 

@@ -8,6 +8,7 @@ MarsError
 │   ├── MediaTypeError   an upload's type is not an image type we read                         HTTP 415
 │   ├── TooLargeError    a request body or an image is over its limit                          HTTP 413
 │   └── BlobMissingError no bytes under that hash                                              HTTP 404
+├── DivergedError        training left the finite numbers                                  exit 3
 ├── NotReadyError        the service cannot serve yet, or no more                          HTTP 503
 ├── IntegrityError       bytes do not match their hash: a snapshot, a blob, a checkpoint
 ├── CheckpointError      weights or a checkpoint cannot be used: of another model              exit 2
@@ -64,6 +65,12 @@ class BlobMissingError(InputError):
     """No bytes are stored under that hash."""
 
     http_status = 404
+
+
+class DivergedError(MarsError):
+    """Training left the finite numbers; the same would happen again."""
+
+    exit_code = 3
 
 
 class NotReadyError(MarsError):

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable, Generator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -24,6 +25,8 @@ from mars_shared.settings import Deployment
 
 logger = logging.getLogger(__name__)
 
+GRACEFUL_S = 5
+"""How long requests in flight may hold a stop up."""
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 Message = MutableMapping[str, Any]
@@ -58,13 +61,13 @@ def check_bind(deployment: Deployment) -> None:
 class Guard:
     """ASGI middleware: API key on every route but OPEN_PATHS, and a limit on request bodies.
 
-    Without a key (loopback only) the Host header must name loopback, so that a web page that
-    a browser on this machine shows cannot reach the service through a name of its own.
+    Without a key (loopback only) the Host header must name loopback, and the Origin if there is
+    one, so that a web page that a browser on this machine shows cannot reach the service.
     """
 
     def __init__(self, app: AsgiApp, deployment: Deployment) -> None:
         self._app = app
-        self._key = deployment.api_key.get_secret_value() if deployment.api_key else None
+        self._key = None if deployment.api_key is None else deployment.api_key.get_secret_value()
         self._max_body_bytes = deployment.max_body_mib * 2**20
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -89,6 +92,9 @@ class Guard:
                 host = headers.get(b"host", b"").decode("latin-1")
                 if not is_loopback(_without_port(host)):
                     return 403, f"host {host!r} is not loopback and no API key is set; set MARS_API_KEY to serve other hosts"
+                origin = headers.get(b"origin")
+                if origin is not None and not is_loopback(urlsplit(origin.decode("latin-1")).hostname or ""):
+                    return 403, f"origin {origin.decode('latin-1')!r} is not this machine and no API key is set"
             elif not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self._key}".encode()):
                 return 401, "expected the header 'Authorization: Bearer <MARS_API_KEY>'"
         length = headers.get(b"content-length", b"0")
@@ -235,7 +241,9 @@ class HttpServer:
 
     def __init__(self, app: Any, listener: socket.socket) -> None:
         self._listener = listener
-        self._server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
+        self._server = _Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=GRACEFUL_S)
+        )
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

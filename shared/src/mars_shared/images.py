@@ -6,7 +6,7 @@ The one place where images are decoded: replicas and trainer get the same pixels
 from __future__ import annotations
 
 import io
-import warnings
+import struct
 
 from PIL import Image, ImageOps
 
@@ -15,6 +15,18 @@ from mars_shared.errors import ImageError, MediaTypeError, TooLargeError
 MIN_SIDE_PX = 2
 MAX_ASPECT_RATIO = 200
 _MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+)
+"""What Pillow raises on corrupt files, their metadata included."""
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 
@@ -47,15 +59,13 @@ def open_image(data: bytes, *, what: str, max_pixels: int) -> Image.Image:
     """
     media_type_of(data, what=what)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=tuple(_MEDIA_TYPES))
+        image = Image.open(io.BytesIO(data), formats=tuple(_MEDIA_TYPES))
         _check_size(image.size, what, max_pixels)
         upright = ImageOps.exif_transpose(image)
         return upright.convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
         raise TooLargeError(f"{what}: {error}; expected at most {max_pixels} pixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except _DECODING_ERRORS as error:
         raise ImageError(f"{what}: cannot be decoded ({error}); expected a whole PNG, JPEG or WebP file") from error
 
 

@@ -53,15 +53,17 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 def stop_all(processes: Sequence[subprocess.Popen[bytes]], *, grace_s: float) -> None:
     """SIGTERM to each, wait up to `grace_s` for all together, then SIGKILL to every group."""
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    remaining_s = grace_s
-    for process in processes:
-        try:
+    try:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        remaining_s = grace_s
+        for process in processes:
             remaining_s = _wait(process, remaining_s)
-        finally:
+    finally:
+        for process in processes:
             kill_group(process)
+        for process in processes:
             process.wait()
 
 

@@ -183,7 +183,7 @@ class Deployment(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MARS_", frozen=True)
 
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis 6.2 or newer, or Valkey")
-    api_key: SecretStr | None = Field(default=None, description="guards every route but /healthz and /readyz")
+    api_key: SecretStr | None = Field(default=None, min_length=1, description="guards every route but /healthz and /readyz")
     host: str = Field(default="127.0.0.1", description="address to bind; other than loopback needs an API key")
     reward_url: str = Field(default="http://127.0.0.1:8200", description="where rollout replicas find the reward service")
     max_body_mib: int = Field(default=64, ge=1, description="largest request body")

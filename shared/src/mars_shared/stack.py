@@ -116,8 +116,10 @@ def running_stack(
         write_atomic(run_dir / STATE_FILE, state.model_dump_json(indent=2).encode())
         yield supervisor
     finally:
-        supervisor.stop()
-        (run_dir / STATE_FILE).unlink(missing_ok=True)
+        try:
+            supervisor.stop()
+        finally:
+            (run_dir / STATE_FILE).unlink(missing_ok=True)
 
 
 def _check_ports(host: str, ports: Ports, recipe: Recipe) -> None:

@@ -21,6 +21,8 @@ QUICK_DEATHS = 3
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 10.0
 GRACE_S = 20.0
+MANY_DEATHS, MANY_DEATHS_S = 20, 300.0
+"""So many deaths within so many seconds are too many even for a service that gets ready each time."""
 HOPELESS_EXIT_CODES = (2, 3)
 """Of ConfigError and InputError: the same would happen again."""
 POLL_S = 0.2
@@ -60,7 +62,8 @@ class Running:
     ready: bool = False
     finished: bool = False
     quick_deaths: int = 0
-    restarts: int = 0
+    deaths: list[float] = field(default_factory=list, repr=False)
+    """When it died, monotonic seconds."""
     restart_at: float | None = field(default=None, repr=False)
 
 
@@ -86,10 +89,14 @@ class Supervisor:
 
     def stop(self) -> None:
         """End everything, politely first."""
-        for last in (False, True):
-            running = [item.process for item in self._running.values() if item.service.needed_to_stop is last]
-            stop_all(running, grace_s=GRACE_S)
-        self._http.close()
+        by_turn = [
+            [item.process for item in self._running.values() if item.service.needed_to_stop is last] for last in (False, True)
+        ]
+        try:
+            stop_all(by_turn[0], grace_s=GRACE_S)
+        finally:
+            stop_all(by_turn[1], grace_s=GRACE_S)
+            self._http.close()
 
     def poll(self) -> None:
         """Look once at every service: note who became ready, restart who died.
@@ -136,7 +143,10 @@ class Supervisor:
             return
         if not running.ready:
             running.quick_deaths += 1
-        if code in HOPELESS_EXIT_CODES or running.quick_deaths >= QUICK_DEATHS:
+        now = time.monotonic()
+        running.deaths = [died for died in running.deaths if now - died < MANY_DEATHS_S] + [now]
+        too_many = running.quick_deaths >= QUICK_DEATHS or len(running.deaths) >= MANY_DEATHS
+        if code in HOPELESS_EXIT_CODES or too_many:
             raise ServiceFailedError(f"{service.name} ended with {_describe(code)}:\n{self._log_tail(service)}", code)
         delay_s = min(FIRST_BACKOFF_S * 2**running.quick_deaths, LONGEST_BACKOFF_S)
         self._say(
@@ -150,7 +160,6 @@ class Supervisor:
         if time.monotonic() < running.restart_at:
             return
         running.restart_at = None
-        running.restarts += 1
         running.process = self._spawn(running.service)
 
     def _is_ready(self, service: Service) -> bool:

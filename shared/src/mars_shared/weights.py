@@ -106,9 +106,10 @@ class WeightsStore:
         folder = self.folder(manifest)
         for expected in manifest.files:
             path = folder / expected.name
-            if not path.is_file():
-                raise IntegrityError(f"weights {manifest.version}: {path} is missing")
-            actual = describe_file(path)
+            try:
+                actual = describe_file(path)
+            except FileNotFoundError as error:
+                raise IntegrityError(f"weights {manifest.version}: {path} is missing") from error
             if actual != expected:
                 raise IntegrityError(
                     f"weights {manifest.version}: {path} has {actual.size_bytes} bytes and hash {actual.blake3}; "

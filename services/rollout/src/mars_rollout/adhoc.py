@@ -40,6 +40,8 @@ from mars_shared.images import media_type_of, open_image
 from mars_shared.settings import Deployment, Recipe
 
 _BLOB = re.compile(r"[0-9a-f]{64}")
+MAX_COMPLETIONS = 4096
+"""Of one request: as many as the reward service scores at a time."""
 PROMPT_ID = "adhoc"
 """Every ad-hoc prompt's id, so that the same question, images and seed give the same completions."""
 
@@ -57,7 +59,7 @@ class GroupRequest(Contract):
     `truth`: the right answer as text, or boxes (x1, y1, x2, y2) in pixels of the first image.
     """
 
-    question: str = Field(min_length=1)
+    question: str = Field(min_length=1, max_length=100_000)
     sources: tuple[NamedImage, ...] = Field(min_length=1, max_length=64)
     truth: Annotated[str, Field(min_length=1)] | tuple[Box, ...] | None = None
     num_generations: int | None = None
@@ -106,7 +108,7 @@ def parse_form(fields: Sequence[tuple[str, str]], files: Sequence[tuple[str, byt
     values: dict[str, Any] = dict(fields)
     if "sources" in values:
         raise InputError("form field 'sources': send each image as a file whose field name is the source's name")
-    if values.get("truth", "").startswith("[["):
+    if re.match(r"\s*\[\s*\[", values.get("truth", "")):
         values["truth"] = _boxes(values["truth"])
     values["sources"] = [{"name": name, "image": _data_url(data, name)} for name, data in files]
     try:
@@ -140,6 +142,10 @@ class AdhocPrompts:
             InputError: an image or a parameter is wrong (its subclasses carry the HTTP status).
         """
         names = [item.name for item in request.sources]
+        sampling = self._sampling(request)
+        completions = sampling.num_generations + len(names) * sampling.num_mono
+        if completions > MAX_COMPLETIONS:
+            raise InputError(f"request: asks for {completions} completions; expected at most {MAX_COMPLETIONS}")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"sources {twice} were given more than once; expected each name once")
         first_size_px: tuple[int, int] | None = None
@@ -163,7 +169,7 @@ class AdhocPrompts:
                 sources=tuple(sources),
                 truth=_truth(request, first_size_px),
                 box_frame=self._recipe.model.box_frame,
-                sampling=self._sampling(request),
+                sampling=sampling,
             )
         except ValidationError as error:
             raise InputError(f"request: {explain_validation(error.errors(include_url=False))}") from error
@@ -182,7 +188,10 @@ class AdhocPrompts:
     def _sampling(self, request: GroupRequest) -> SamplingSpec:
         asked = {name: getattr(request, name) for name in SamplingSpec.model_fields if name in GroupRequest.model_fields}
         given = {name: value for name, value in asked.items() if value is not None}
-        return SamplingSpec.model_validate(self._recipe.rollout.spec(request.seed).model_dump() | given)
+        try:
+            return SamplingSpec.model_validate(self._recipe.rollout.spec(request.seed).model_dump() | given)
+        except ValidationError as error:
+            raise InputError(f"request: {explain_validation(error.errors(include_url=False))}") from error
 
 
 def _truth(request: GroupRequest, size_px: tuple[int, int]) -> Truth | None:
@@ -198,7 +207,7 @@ class RewardClient:
 
     def __init__(self, deployment: Deployment) -> None:
         key = deployment.api_key
-        headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+        headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key is not None else {}
         self._url = deployment.reward_url
         self._http = httpx.AsyncClient(base_url=self._url, headers=headers, timeout=60.0, trust_env=False)
 

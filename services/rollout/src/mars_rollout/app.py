@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,8 @@ def build_app(deployment: Deployment, stage: Stage, *, ready: Callable[[], str |
         """Answer a question about named images with a whole group, scored if a truth is given."""
         if stage.maker is None:
             raise NotReadyError("the engine is starting; ask again once /readyz answers 200")
-        group = await stage.maker.make(stage.prompts.prompt(await _read(request)))
+        prompt = await asyncio.to_thread(stage.prompts.prompt, await _read(request))
+        group = await stage.maker.make(prompt)
         count_group(group)
         return await stage.rewards.answer(group)
 

@@ -127,7 +127,18 @@ class Policy:
         return _Verdict.WAIT
 
     async def _apply_head(self) -> float:
-        """Verify and apply HEAD; returns the seconds it took. The lock is held and no training group is."""
+        """Verify and apply HEAD; returns the seconds it took. The lock is held and no training group is.
+
+        Cancelled, it ends only when the change is whole: an engine with half-changed weights is of no use.
+        """
+        applying = asyncio.create_task(self._apply())
+        try:
+            return await asyncio.shield(applying)
+        except asyncio.CancelledError:
+            await asyncio.wait({applying})
+            raise
+
+    async def _apply(self) -> float:
         start_s = time.perf_counter()
         head = self._store.head()
         assert head is not None

@@ -118,6 +118,11 @@ class RolloutWorker:
             if not self._healthy():
                 raise
             await self._give_back(claim, prompt, error)
+        except Exception as error:  # whatever one prompt brings up, the other groups go on
+            if not self._healthy():
+                raise
+            logger.exception("prompt %s failed unexpectedly", prompt.task_id)
+            await self._give_back(claim, prompt, error)
         else:
             payload = group.model_dump_json().encode()
             await self._patiently(lambda: self._queue.complete(claim, forward=self._streams.rollouts, payload=payload))
@@ -144,7 +149,7 @@ class RolloutWorker:
         async with self._policy.hold(prompt) as pull_s:
             return await self._maker.make(prompt, pull_s=pull_s)
 
-    async def _give_back(self, claim: Claim, prompt: Prompt, error: MarsError) -> None:
+    async def _give_back(self, claim: Claim, prompt: Prompt, error: Exception) -> None:
         reason, detail = type(error).__name__, str(error)
         if claim.errors + 1 >= MAX_ERRORS:
             await self._end(prompt, "dead_letter", lambda: self._queue.dead_letter(claim, reason, detail))

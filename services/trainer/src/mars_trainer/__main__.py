@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from mars_shared.blobs import BlobStore
@@ -32,6 +32,8 @@ from mars_trainer.samples import SampleLog
 
 logger = logging.getLogger("mars_trainer")
 
+TERMINATED_EXIT_CODE = 128 + signal.SIGTERM
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="mars_trainer", description=__doc__)
@@ -43,11 +45,11 @@ def main() -> int:
     try:
         recipe, deployment = load_recipe(arguments.recipe), load_deployment()
         with only_trainer(recipe.run.dir):
-            asyncio.run(serve(recipe, deployment, arguments.port, arguments.mode))
+            done = asyncio.run(serve(recipe, deployment, arguments.port, arguments.mode))
     except MarsError as error:
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
-    return 0
+    return 0 if done else TERMINATED_EXIT_CODE
 
 
 @contextmanager
@@ -66,8 +68,11 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
         yield
 
 
-async def serve(recipe: Recipe, deployment: Deployment, port: int, mode: str) -> None:
-    """Train, or evaluate, with the HTTP face beside it; SIGTERM and SIGINT end both."""
+async def serve(recipe: Recipe, deployment: Deployment, port: int, mode: str) -> bool:
+    """Train, or evaluate, with the HTTP face beside it; SIGTERM and SIGINT end both.
+
+    Returns whether the work was done, not cut off by a signal.
+    """
     loop = asyncio.get_running_loop()
     queue = trainer_queue(deployment.redis_url)
     await queue.ping()
@@ -79,10 +84,13 @@ async def serve(recipe: Recipe, deployment: Deployment, port: int, mode: str) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, training.cancel)
     try:
-        with suppress(asyncio.CancelledError):
-            await training
-            if mode == "linger":
-                await stopped(loop)
+        await asyncio.wait({training})
+        if training.cancelled():
+            return False
+        training.result()
+        if mode == "linger":
+            await stopped(loop)
+        return True
     finally:
         await server.stop()
         await queue.close()

@@ -80,7 +80,8 @@ class CheckpointStore:
         os.rename(staged, target)
         fsync_path(self._root)
         for old in list(self._newest_first())[self._keep :]:
-            shutil.rmtree(old)
+            if old != target:
+                shutil.rmtree(old)
         return target
 
     def load_newest(self, *, run: str, model: str) -> Checkpoint | None:
@@ -89,11 +90,12 @@ class CheckpointStore:
         Raises:
             CheckpointError: a whole checkpoint belongs to another run or model.
         """
-        for folder in self._newest_first():
+        for folder in list(self._newest_first()):
             try:
                 checkpoint = load_checkpoint(folder)
             except IntegrityError as error:
                 logger.error("checkpoint refused, the one before it is tried: %s", error)
+                os.rename(folder, folder.with_name(f"damaged-{folder.name}-{uuid4().hex[:8]}"))
                 continue
             _check_belongs(checkpoint.ledger, folder, run=run, model=model)
             return checkpoint

@@ -79,13 +79,13 @@ class Exchange:
         while waiting or self._outstanding:
             try:
                 await self._ask(waiting)
-                answers += await self._receive(wait_s=0.2)
+                await self._receive(answers, wait_s=0.2)
                 now = time.monotonic()
                 if now >= next_dead_look:
                     waiting.extend(await self._bury(replace))
                     next_dead_look = now + LOOK_FOR_DEAD_S
                 if now >= next_reconcile:
-                    answers += await self._take_up()
+                    await self._take_up(answers)
                     await self._ask_lost_again()
                     next_reconcile = now + RECONCILE_S
             except QueueUnavailableError as error:
@@ -117,29 +117,33 @@ class Exchange:
     def _key(self, prompt: Prompt) -> str:
         return f"{self.issuer}/{prompt.task_id}/{self._asked.get(prompt.task_id, 0)}"
 
-    async def _receive(self, *, wait_s: float) -> list[Answer]:
+    async def _receive(self, answers: list[Answer], *, wait_s: float) -> None:
         claim = await self.queue.claim(self.streams.scored(self.purpose), CONSUMER, wait_s=wait_s)
-        return [] if claim is None else await self._accept(claim)
+        if claim is not None:
+            await self._accept(claim, answers)
 
-    async def _take_up(self) -> list[Answer]:
+    async def _take_up(self, answers: list[Answer]) -> None:
         """Entries that Redis gave to this consumer while the connection broke, so that it never heard of them."""
-        claims = await self.queue.resume(self.streams.scored(self.purpose), CONSUMER)
-        return [answer for claim in claims if claim.entry_id not in self._held for answer in await self._accept(claim)]
+        for claim in await self.queue.resume(self.streams.scored(self.purpose), CONSUMER):
+            if claim.entry_id not in self._held:
+                await self._accept(claim, answers)
 
-    async def _accept(self, claim: Claim) -> list[Answer]:
-        """The claim as an answer; nothing if it is none, or a second one."""
+    async def _accept(self, claim: Claim, answers: list[Answer]) -> None:
+        """Append the claim as an answer; drop a second one, or one to a prompt of another incarnation."""
         try:
             scored = ScoredGroup.model_validate_json(claim.payload)
         except ValidationError as error:
             await self.queue.dead_letter(claim, "not a scored group of schema 1", str(error))
-            return []
-        if self._outstanding.pop(scored.group.group_id, None) is None:
-            logger.info("dropped a second answer to %s", scored.group.group_id)
+            return
+        group = scored.group
+        if self._outstanding.get(group.group_id) != group.prompt:
+            logger.info("dropped an answer to %s that nobody waits for", group.group_id)
             await self.queue.acknowledge([claim])
-            return []
-        self._asked.pop(scored.group.group_id, None)
+            return
+        del self._outstanding[group.group_id]
+        self._asked.pop(group.group_id, None)
         self._held.add(claim.entry_id)
-        return [Answer(claim, scored)]
+        answers.append(Answer(claim, scored))
 
     async def _bury(self, replace: Callable[[Prompt, DeadLetter], Prompt | None]) -> list[Prompt]:
         replacements = []

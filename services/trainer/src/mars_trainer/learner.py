@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import Completion, Kind, ScoredGroup
-from mars_shared.errors import CheckpointError
+from mars_shared.errors import CheckpointError, DivergedError
 from mars_shared.images import open_image
 from mars_shared.settings import Recipe
 from mars_trainer.algorithm.advantages import GroupAdvantages, grpo_advantages, mars_advantages
@@ -118,7 +119,7 @@ class Learner:
                 advantages_B=torch.tensor([advantages[g].advantages_G[i] for g, i in batch.rows], device=self._device),
                 sampler_logprobs_BT=_padded([completions[g][i].logprobs for g, i in batch.rows], batch.completion_mask),
                 old_logprobs_BT=None,
-                ref_logprobs_BT=self._statistics(self._reference, batch).logprobs.detach() if self._reference else None,
+                ref_logprobs_BT=self._frozen_logprobs(self._reference, batch) if self._reference else None,
             )
 
     def _encode(self, scored: ScoredGroup, completions: Sequence[Completion]) -> EncodedGroup:
@@ -138,8 +139,11 @@ class Learner:
         return EncodedGroup(encoded, tuple(completion.token_ids for completion in completions))
 
     @torch.no_grad()
+    def _frozen_logprobs(self, model: Any, batch: Microbatch) -> Tensor:
+        return self._statistics(model, batch).logprobs
+
     def _with_old_logprobs(self, part: _Part) -> _Part:
-        old = self._statistics(self.model, part.batch).logprobs
+        old = self._frozen_logprobs(self.model, part.batch)
         return _Part(part.batch, part.advantages_B, part.sampler_logprobs_BT, old, part.ref_logprobs_BT)
 
     def _statistics(self, model: Any, batch: Microbatch) -> TokenStatistics:
@@ -181,6 +185,11 @@ class Learner:
             }.items():
                 totals[name] += value.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._train.max_grad_norm)
+        if not (torch.isfinite(norm) and math.isfinite(totals["loss"])):
+            raise DivergedError(
+                f"step {self._steps_done + 1}: gradient norm {norm.item()}, loss {totals['loss']}; expected finite numbers. "
+                "The weights are as before the step; lower train.learning_rate or go on from an older checkpoint"
+            )
         totals["grad_norm"] += norm.item()
         self._optimizer.step()
 

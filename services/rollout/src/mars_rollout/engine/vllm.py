@@ -24,7 +24,7 @@ from mars_rollout.engine.base import BASE_VERSION, BASE_WEIGHTS_ID, EngineAnswer
 from mars_rollout.engine.child import run_engine_core
 from mars_rollout.transfer import BACKEND
 from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
-from mars_shared.errors import IntegrityError, NotReadyError
+from mars_shared.errors import InputError, IntegrityError, NotReadyError
 from mars_shared.settings import Recipe
 
 SERVED_NAME = "policy"
@@ -148,7 +148,10 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> EngineAnswer:
         prompt = TokensPrompt(prompt_token_ids=list(request.token_ids), multi_modal_data={"image": list(request.images)})
-        (engine_input,) = await self.llm.renderer.render_cmpl_async([parse_model_prompt(self.llm.model_config, prompt)])
+        try:
+            (engine_input,) = await self.llm.renderer.render_cmpl_async([parse_model_prompt(self.llm.model_config, prompt)])
+        except ValueError as error:
+            raise InputError(f"the engine refuses the prompt: {error}") from error
         outputs = self.llm.generate(
             engine_input,
             sampling_params(request),
