@@ -237,7 +237,11 @@ def test_the_openai_client_asks_the_trained_policy(stack: Stack, tmp_path: Path)
     content: list[dict[str, object]] = []
     for name, path in (("visible", visible), ("infrared", infrared)):
         url = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-        content += [{"type": "text", "text": f"{name}: "}, {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": " "}]
+        content += [
+            {"type": "text", "text": f"{name}: "},
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": " "},
+        ]
     content.append({"type": "text", "text": "Which digit?"})
     answer = client.chat.completions.create(
         model="policy",

@@ -60,7 +60,10 @@ def _request(method: str, url: str, deployment: Deployment, **arguments: Any) ->
 
 def _json(response: httpx.Response) -> dict[str, Any]:
     if response.status_code < 400:
-        result: dict[str, Any] = response.json()
+        try:
+            result: dict[str, Any] = response.json()
+        except ValueError as error:
+            raise MarsError(f"{response.url} answered {response.text[:80]!r}; expected JSON") from error
         return result
     try:
         message = response.json()["error"]["message"]

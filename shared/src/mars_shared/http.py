@@ -9,7 +9,7 @@ import json
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Generator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -81,10 +81,18 @@ class Guard:
     async def _http(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         refusal = self._refusal(scope["path"], headers)
-        if refusal is None:
-            await self._app(scope, self._limited(receive), send)
-        else:
+        if refusal is not None:
             await _respond(send, *refusal)
+            return
+        answer = _Answer(send)
+        limit = _BodyLimit(receive, self._max_body_bytes)
+        try:
+            await self._app(scope, limit.receive, answer.send)
+        except Exception:
+            if not limit.passed or answer.begun:
+                raise
+        if limit.passed and not answer.begun:
+            await _respond(send, 413, f"request body has more than {self._max_body_bytes} bytes, which is the most expected")
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         if path not in OPEN_PATHS:
@@ -104,19 +112,34 @@ class Guard:
             return 413, f"request body has {int(length)} bytes; expected at most {self._max_body_bytes}"
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        seen_bytes = 0
 
-        async def limited() -> Message:
-            nonlocal seen_bytes
-            message = await receive()
-            seen_bytes += len(message.get("body", b""))
-            if seen_bytes > self._max_body_bytes:
-                logger.warning("cut off a request body without Content-Length after %d bytes", self._max_body_bytes)
-                return {"type": "http.disconnect"}
-            return message
+class _BodyLimit:
+    """Cuts a body off that has no Content-Length and passes the limit."""
 
-        return limited
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self._receive = receive
+        self._left_bytes = max_bytes
+        self.passed = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left_bytes -= len(message.get("body", b""))
+        if self._left_bytes < 0:
+            self.passed = True
+            return {"type": "http.disconnect"}
+        return message
+
+
+class _Answer:
+    """Knows whether an answer has begun; holds an application's error answer to a cut-off body back."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+
+    async def send(self, message: Message) -> None:
+        self.begun = True
+        await self._send(message)
 
 
 def _without_port(host: str) -> str:
@@ -222,9 +245,10 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(512)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); free the port or choose another") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {host}:{port} ({reason}); free the port or choose another") from error
     return listener
 
 
@@ -248,12 +272,16 @@ class HttpServer:
 
     async def start(self) -> None:
         """Return once requests are answered."""
-        self._task = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http")
+        self._task = asyncio.create_task(self._serve(), name="http")
         while not self._server.started:
             if self._task.done():
                 self._task.result()
                 raise NotReadyError("the HTTP server ended while it started; its log line above says why")
             await asyncio.sleep(0.01)
+
+    async def _serve(self) -> None:
+        with suppress(SystemExit):  # uvicorn's way to say that the app could not start
+            await self._server.serve(sockets=[self._listener])
 
     async def stop(self) -> None:
         """Answer what was asked, then close."""

@@ -62,11 +62,21 @@ def open_image(data: bytes, *, what: str, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=tuple(_MEDIA_TYPES))
         _check_size(image.size, what, max_pixels)
         upright = ImageOps.exif_transpose(image)
-        return upright.convert("RGB")
+        return _eight_bits(upright).convert("RGB")
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"{what}: {error}; expected at most {max_pixels} pixels") from error
     except _DECODING_ERRORS as error:
         raise ImageError(f"{what}: cannot be decoded ({error}); expected a whole PNG, JPEG or WebP file") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image, as depth and infrared cameras write, scaled to 8 bits; others as they are.
+
+    Pillow's own conversion would clip everything above 255.
+    """
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
 
 
 def _check_size(size: tuple[int, int], what: str, max_pixels: int) -> None:

@@ -175,6 +175,7 @@ class Queue:
         while True:
             with self._errors():
                 found = await self._claim([stream, _errors_of(stream)], [consumer, int(self.lease_s * 1000)])
+            _heed_cancellation()
             if found:
                 return _claim(stream, consumer, found)
             if clock() >= deadline:
@@ -354,6 +355,13 @@ def _where(client: Redis) -> str:
 
 def _errors_of(stream: str) -> str:
     return f"{stream}:errors"
+
+
+def _heed_cancellation() -> None:
+    """Be cancelled if this task was: the client waits with asyncio.wait_for, which in Python 3.11 can swallow it."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _claim(stream: str, consumer: str, found: list[Any]) -> Claim:

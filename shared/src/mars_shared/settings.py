@@ -14,13 +14,15 @@ import tomllib
 from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from mars_shared.contracts import Decoding, FrameKind, SamplingSpec, View
 from mars_shared.errors import ConfigError
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -115,7 +117,7 @@ class TrainSection(Section):
     warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0")
     lr_schedule: Literal["constant", "linear"] = Field(default="constant", description="`linear` falls to 0 at the last step")
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
-    adam_betas: tuple[float, float] = Field(default=(0.9, 0.99), description="of AdamW")
+    adam_betas: tuple[Decay, Decay] = Field(default=(0.9, 0.99), description="of AdamW")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
     advantage: Literal["mars", "grpo"] = Field(
         default="mars",
@@ -180,14 +182,20 @@ class Recipe(BaseSettings):
 class Deployment(BaseSettings):
     """Where things run; read from environment variables MARS_*."""
 
-    model_config = SettingsConfigDict(env_prefix="MARS_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="MARS_", frozen=True, env_ignore_empty=True)
 
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis 6.2 or newer, or Valkey")
-    api_key: SecretStr | None = Field(default=None, min_length=1, description="guards every route but /healthz and /readyz")
+    api_key: SecretStr | None = Field(default=None, description="guards every route but /healthz and /readyz")
     host: str = Field(default="127.0.0.1", description="address to bind; other than loopback needs an API key")
     reward_url: str = Field(default="http://127.0.0.1:8200", description="where rollout replicas find the reward service")
     max_body_mib: int = Field(default=64, ge=1, description="largest request body")
     upload_ttl_s: float = Field(default=3600, gt=0, description="seconds until uploads of ad-hoc requests expire")
+
+    @field_validator("api_key")
+    @classmethod
+    def _empty_is_none(cls, key: SecretStr | None) -> SecretStr | None:
+        return key if key is not None and key.get_secret_value() else None
+
     lease_s: float = Field(default=15, gt=0, description="seconds without heartbeat until claimed work is handed on")
 
 
@@ -220,7 +228,7 @@ def _overrides() -> list[str]:
     """Environment variables that override a recipe's keys.
 
     Raises:
-        ConfigError: one names no key, e.g. MARS_TRANE__STEPS.
+        ConfigError: one names no key: its section or key is misspelt.
     """
     names = sorted(name for name in os.environ if name.startswith("MARS_") and "__" in name)
     names += [name for section in Recipe.model_fields if (name := f"MARS_{section.upper()}") in os.environ]

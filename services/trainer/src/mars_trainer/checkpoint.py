@@ -30,6 +30,7 @@ from mars_shared.weights import describe_file
 logger = logging.getLogger(__name__)
 
 _HASHES = "hashes.json"
+_NAMES = {"model.safetensors", "optimizer.safetensors", "state.json"}
 _FILES = TypeAdapter(tuple[WeightFile, ...])
 
 
@@ -88,18 +89,29 @@ class CheckpointStore:
         """The newest checkpoint that verifies; damaged ones are named in the log and passed over.
 
         Raises:
-            CheckpointError: a whole checkpoint belongs to another run or model.
+            CheckpointError: a whole checkpoint belongs to another run or model, or there are only damaged ones.
         """
+        damaged: list[str] = []
         for folder in list(self._newest_first()):
             try:
                 checkpoint = load_checkpoint(folder)
             except IntegrityError as error:
                 logger.error("checkpoint refused, the one before it is tried: %s", error)
-                os.rename(folder, folder.with_name(f"damaged-{folder.name}-{uuid4().hex[:8]}"))
+                damaged.append(str(error))
                 continue
             _check_belongs(checkpoint.ledger, folder, run=run, model=model)
+            for refused in self._newer_than(folder):
+                os.rename(refused, refused.with_name(f"damaged-{refused.name}-{uuid4().hex[:8]}"))
             return checkpoint
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint in {self._root} is whole, the newest says: {damaged[0]}; "
+                "remove the folder to begin the run anew, or choose another run.dir"
+            )
         return None
+
+    def _newer_than(self, folder: Path) -> list[Path]:
+        return [other for other in self._newest_first() if int(other.name[5:]) > int(folder.name[5:])]
 
     def _newest_first(self) -> Iterator[Path]:
         folders = [path for path in self._root.glob("step_*") if path.name[5:].isdigit()]
@@ -116,6 +128,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         expected_files = _FILES.validate_json((folder / _HASHES).read_bytes())
     except (FileNotFoundError, ValidationError) as error:
         raise IntegrityError(f"{folder / _HASHES}: missing or unreadable; the checkpoint is incomplete") from error
+    listed = {file.name for file in expected_files}
+    if listed != _NAMES:
+        raise IntegrityError(f"{folder / _HASHES}: lists {sorted(listed)}; expected {sorted(_NAMES)}")
     for expected in expected_files:
         path = folder / expected.name
         if not path.is_file():

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from secrets import token_hex
 
 from pydantic import ValidationError
 
@@ -50,6 +51,8 @@ class Exchange:
     bound: int
     _outstanding: dict[str, Prompt] = field(default_factory=dict)
     _asked: dict[str, int] = field(default_factory=dict)
+    _nonce: str = field(default_factory=lambda: token_hex(4))
+    """Keeps the keys of a run that was deleted and begun anew apart from those that Redis remembers."""
     _held: set[str] = field(default_factory=set)
     _last_dead: str = "0"
 
@@ -115,7 +118,7 @@ class Exchange:
         )
 
     def _key(self, prompt: Prompt) -> str:
-        return f"{self.issuer}/{prompt.task_id}/{self._asked.get(prompt.task_id, 0)}"
+        return f"{self.issuer}/{prompt.task_id}/{self._nonce}-{self._asked.get(prompt.task_id, 0)}"
 
     async def _receive(self, answers: list[Answer], *, wait_s: float) -> None:
         claim = await self.queue.claim(self.streams.scored(self.purpose), CONSUMER, wait_s=wait_s)
@@ -147,12 +150,12 @@ class Exchange:
 
     async def _bury(self, replace: Callable[[Prompt, DeadLetter], Prompt | None]) -> list[Prompt]:
         replacements = []
+        by_key = {self._key(prompt): prompt for prompt in self._outstanding.values()}
         for letter in await self.queue.dead_after(self.run, self._last_dead):
             self._last_dead = letter.entry_id
-            issuer, task_id = letter.key.split("/")[:2]
-            prompt = self._outstanding.pop(task_id, None) if issuer == self.issuer else None
-            if prompt is not None:
-                logger.error("prompt %s (%s) is dead: %s", task_id, prompt.prompt_id, letter.reason)
+            prompt = by_key.get(letter.key)
+            if prompt is not None and self._outstanding.pop(prompt.task_id, None) is not None:
+                logger.error("prompt %s (%s) is dead: %s", prompt.task_id, prompt.prompt_id, letter.reason)
                 replacement = replace(prompt, letter)
                 replacements += [replacement] if replacement is not None else []
         return replacements

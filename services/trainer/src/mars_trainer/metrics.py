@@ -12,6 +12,8 @@ from mars_trainer.algorithm.advantages import GroupAdvantages
 
 def rollout_metrics(groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages]) -> dict[str, float]:
     """Rewards, gains and lengths of a step's groups; a metric with nothing to average is left out."""
+    if not groups:
+        return {}
     multi_rewards = [reward for scored in groups for reward in scored.rewards(Kind.MULTI)]
     metrics = {
         "reward": _mean(multi_rewards),

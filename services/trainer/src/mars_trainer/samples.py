@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mars_shared.contracts import ScoredGroup
+from mars_shared.telemetry import open_lines, parse_lines
 from mars_trainer.algorithm.advantages import GroupAdvantages
 
 KEEP_PER_STEP = 2
@@ -22,7 +24,7 @@ class SampleLog:
     """Appends {"occasion", "step", "scored", "advantages"} lines."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = open_lines(path)
 
     def step(self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages]) -> None:
         """Keep the first groups of the first and every KEEP_EVERY_STEPS-th step."""
@@ -58,8 +60,6 @@ class KeptGroup:
 
 def read_samples(path: Path, occasion: Occasion) -> Iterator[KeptGroup]:
     """Groups of one occasion, in order; a torn last line is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            entry = json.loads(line)
-            if entry["occasion"] == occasion:
-                yield KeptGroup(entry["step"], ScoredGroup.model_validate(entry["scored"]), entry["advantages"])
+    for entry in parse_lines(io.StringIO(path.read_text(encoding="utf-8"))):
+        if entry["occasion"] == occasion:
+            yield KeptGroup(entry["step"], ScoredGroup.model_validate(entry["scored"]), entry["advantages"])

@@ -45,8 +45,6 @@ class SftConfig:
 
     Attributes:
         out: folder of the model; made if it doesn't exist, files in it replaced.
-        steps: length of the schedule along which the learning rate falls.
-        stop_after: steps taken of it; stopping early leaves the policy much room to learn.
         samples: demonstrations a step, by dataset.
         learning_rate: its highest value; it warms up and then falls along a cosine.
         mono_share: share of single-source demonstrations.
@@ -55,7 +53,6 @@ class SftConfig:
     out: Path
     seed: int = 0
     steps: int = 700
-    stop_after: int = 500
     samples: tuple[tuple[DatasetName, int], ...] = ((DatasetName.DIGITS, 24), (DatasetName.SCENE, 24))
     learning_rate: float = 2e-3
     warmup_steps: int = 50
@@ -91,8 +88,7 @@ def train(policy: Policy, config: SftConfig, report: Callable[[str], None]) -> N
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     rng = np.random.default_rng(config.seed)
     started = time.monotonic()
-    last_step = min(config.stop_after, config.steps)
-    for step in range(1, last_step + 1):
+    for step in range(1, config.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _rate_factor(step, config.steps, config.warmup_steps)
         losses = {name: _loss(policy, load_dataset(name), count, config, rng) for name, count in config.samples}
@@ -100,9 +96,9 @@ def train(policy: Policy, config: SftConfig, report: Callable[[str], None]) -> N
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
-        if step % 25 == 0 or step == last_step:
+        if step % 25 == 0 or step == config.steps:
             values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            report(f"warm start: step {step} of {last_step}, loss {values}, {time.monotonic() - started:.0f} s")
+            report(f"warm start: step {step} of {config.steps}, loss {values}, {time.monotonic() - started:.0f} s")
 
 
 def _rate_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -171,8 +167,8 @@ def main() -> None:
     """The command line; every option has SftConfig's default."""
     parser = argparse.ArgumentParser(prog="mars_trainer.sft", description="Warm-start a tiny policy.")
     parser.add_argument("--out", type=Path, required=True)
-    for name, kind in (("seed", int), ("steps", int), ("stop-after", int), ("threads", int)):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(SftConfig, name.replace("-", "_")))
+    for name, kind in (("seed", int), ("steps", int), ("threads", int)):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(SftConfig, name))
     sft(SftConfig(**vars(parser.parse_args())), report=_write_line)
 
 

@@ -35,7 +35,7 @@ def loss_weights(mask_BT: Tensor, loss_type: LossType, *, batch_completions: int
         Tensor[B, T]
     """
     if loss_type == "dapo":
-        return mask_BT / batch_tokens
+        return mask_BT / max(batch_tokens, 1)
     return mask_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1) / batch_completions
 
 
