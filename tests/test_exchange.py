@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 
 from builders import make_group, make_prompt, make_score, make_scored
 from mars_shared.contracts import Prompt, Purpose, ScoredGroup
-from mars_shared.errors import QueueUnavailableError
+from mars_shared.errors import LeaseLostError, QueueUnavailableError
 from mars_shared.queue import Claim, DeadLetter, Queue, Streams
 from mars_shared.server import EmbeddedValkey
 from mars_trainer import exchange as exchange_module
@@ -186,6 +186,26 @@ async def test_whoever_waits_for_the_queue_can_be_cancelled_at_any_moment(
         _, late = await asyncio.wait([task], timeout=5)
         await ended(task)
         assert not late
+
+
+async def test_nobody_renews_a_lease_after_its_keeper_let_go(valkey: EmbeddedValkey, run_name: str) -> None:
+    queue, moments = Queue(valkey.url, lease_s=0.01), random.Random(0)
+    before = asyncio.all_tasks()
+    try:
+        for index in range(40):
+            await queue.put(Streams(run_name).prompts, b"", dedupe_key=str(index), bound=99)
+            claim = await queue.claim(Streams(run_name).prompts, "keeper", wait_s=1)
+            assert claim is not None
+            with suppress(LeaseLostError):
+                async with queue.keep(claim):
+                    await asyncio.sleep(0.02 * moments.random())
+            await queue.acknowledge([claim])
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() <= before
+    finally:
+        for task in asyncio.all_tasks() - before:
+            await ended(task)
+        await queue.close()
 
 
 async def test_nothing_asked_is_answered_at_once(exchange: Exchange) -> None:

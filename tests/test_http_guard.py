@@ -148,13 +148,14 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read() -> None:
         assert (await client.get("/healthz")).status_code == 200
 
 
-async def test_a_body_of_undeclared_length_over_the_limit_is_cut_off_with_413() -> None:
+@pytest.mark.parametrize("path", ["/size", "/count"])
+async def test_a_body_of_undeclared_length_over_the_limit_is_cut_off_with_413(path: str) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(17):  # one chunk more than the limit
             yield b"x" * 2**16
 
     async with serving(sample_app(Deployment(max_body_mib=1))) as client:
-        response = await client.post("/size", content=chunks())
+        response = await client.post(path, content=chunks(), headers={"Content-Type": "application/json"})
         assert response.status_code == 413
         assert str(2**20) in error_of(response)
         assert (await client.get("/healthz")).status_code == 200

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, TiffImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from builders import image_bytes
 from mars_shared.errors import ImageError, InputError, MediaTypeError, TooLargeError
@@ -142,14 +142,24 @@ def test_a_grey_image_of_16_bits_keeps_its_contrast() -> None:
     assert np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
 
 
-def damaged_exif() -> bytes:
+@pytest.mark.parametrize("after_pixels", [False, True])
+def test_a_text_chunk_that_unpacks_to_megabytes_is_refused(after_pixels: bool) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    if after_pixels:
+        text.chunks = [(kind, data, True) for kind, data, *_ in text.chunks]
+    with pytest.raises(ImageError, match=f"{WHAT}: cannot be decoded"):
+        opened(encoded(Image.new("RGB", (8, 6)), pnginfo=text))
+
+
+def exif_jpeg() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x011A] = TiffImagePlugin.IFDRational(72, 1)
     return noise("JPEG", exif=exif)
 
 
-ORIGINALS = [noise("PNG"), noise("JPEG"), noise("WEBP"), noise("PNG", pnginfo=None, icc_profile=b"x" * 200), damaged_exif()]
+ORIGINALS = [noise("PNG"), noise("JPEG"), noise("WEBP"), noise("PNG", pnginfo=None, icc_profile=b"x" * 200), exif_jpeg()]
 
 
 @settings(max_examples=400, deadline=None)
