@@ -90,20 +90,6 @@ def test_a_misled_source_faintly_shows_another_digit_and_the_other_one_the_truth
         assert 0.8 <= good["contrast"] <= 1.0 and 0.35 <= poor["contrast"] <= 0.6
 
 
-@BOTH
-def test_what_each_source_shows_is_recorded_by_kind(name: DatasetName) -> None:
-    for sample in load_dataset(name).train[:60]:
-        right = {source: truth == sample.truth for source, truth in sample.shows.items()}
-        match sample.meta["kind"]:
-            case SampleKind.BOTH:
-                assert right == {"visible": True, "infrared": True}
-            case SampleKind.ONLY_VISIBLE | SampleKind.VISIBLE_MISLED:
-                assert right == {"visible": True, "infrared": False}
-            case _:
-                assert right == {"visible": False, "infrared": True}
-        assert (None in sample.shows.values()) is sample.meta["kind"].startswith("only")
-
-
 def test_infrared_digits_are_inverted() -> None:
     samples = DigitsDataset().train[:60]
     both = next(sample for sample in samples if sample.meta["kind"] == SampleKind.BOTH)

@@ -134,22 +134,14 @@ def test_a_demonstration_shows_the_images_of_its_view(policy: Policy, only: str 
         assert torch.equal(group.prompt.pixel_values[:16], group.prompt.pixel_values[16:])
 
 
-@pytest.mark.parametrize("name", list(DatasetName))
-def test_a_pair_is_answered_by_what_the_named_source_shows_and_a_single_source_rightly(tmp_path: Path, name: DatasetName) -> None:
-    demos = demonstrate(load_dataset(name), 60, SftConfig(tmp_path), np.random.default_rng(0))
+def test_pairs_are_answered_with_mixed_worth_and_single_sources_rightly(tmp_path: Path) -> None:
+    demos = demonstrate(load_dataset(DatasetName.DIGITS), 200, SftConfig(tmp_path), np.random.default_rng(0))
     pairs, singles = ([d for d in demos if (d.only is None) is multi] for multi in (True, False))
     assert all(d.truth == d.sample.truth and d.thought == d.only for d in singles)
     assert {d.view for d in singles} == {View.SINGLE, View.REPEAT}
-    assert all(d.truth == d.sample.shows[d.thought] for d in pairs if d.sample.shows[d.thought] is not None)
-    assert len(pairs) >= 5 and {d.thought for d in pairs} == set(PAIR)
-    assert any(d.truth != d.sample.truth for d in pairs)
-
-
-def test_neighbouring_numbers_begin_with_similar_embeddings(policy: Policy) -> None:
-    table, tokenizer = policy.model.get_input_embeddings().weight, policy.processor.tokenizer
-    at = {n: table[tokenizer.convert_tokens_to_ids(str(n))] for n in (49, 50, 100)}
-    near, far = (torch.cosine_similarity(at[50], at[n], dim=0).item() for n in (49, 100))
-    assert near > 0.5 and near > far + 0.2
+    # A pair is right with 0.6, else it has another sample's answer, which is the same digit once in ten.
+    assert 0.4 < sum(d.truth == d.sample.truth for d in pairs) / len(pairs) < 0.9
+    assert {d.thought for d in pairs} == {*PAIR, "both"}
 
 
 def test_the_warm_start_lowers_its_loss_and_gives_the_same_weights_again(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ class Guard:
         if refusal is not None:
             await _respond(send, *refusal)
             return
-        answer = _Answer(send)
         limit = _BodyLimit(receive, self._max_body_bytes)
+        answer = _Answer(send, limit)
         try:
             await self._app(scope, limit.receive, answer.send)
         except Exception:
@@ -101,7 +101,7 @@ class Guard:
                 if not is_loopback(_without_port(host)):
                     return 403, f"host {host!r} is not loopback and no API key is set; set MARS_API_KEY to serve other hosts"
                 origin = headers.get(b"origin")
-                if origin is not None and not is_loopback(urlsplit(origin.decode("latin-1")).hostname or ""):
+                if origin is not None and not is_loopback(_host_of(origin.decode("latin-1"))):
                     return 403, f"origin {origin.decode('latin-1')!r} is not this machine and no API key is set"
             elif not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self._key}".encode()):
                 return 401, "expected the header 'Authorization: Bearer <MARS_API_KEY>'"
@@ -133,13 +133,24 @@ class _BodyLimit:
 class _Answer:
     """Knows whether an answer has begun; holds an application's error answer to a cut-off body back."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, limit: _BodyLimit) -> None:
         self._send = send
+        self._limit = limit
         self.begun = False
 
     async def send(self, message: Message) -> None:
+        if self._limit.passed and not self.begun:
+            return
         self.begun = True
         await self._send(message)
+
+
+def _host_of(origin: str) -> str:
+    """The host that an Origin header names; empty if it names none."""
+    try:
+        return urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _without_port(host: str) -> str:

@@ -1,9 +1,10 @@
 """The warm start: teach a tiny random policy to answer in format, with much room left.
 
-It imitates right answers to single sources of any clarity (in both mono-source views), and to
-pairs what a source drawn at random shows by itself, right or not, after a thought that names
-this source. So it reads single sources fairly and answers pairs in format, but trusts either
-source as readily as the other: what to trust is left to learn.
+Mostly it imitates right answers to single sources of any clarity (both mono-source views).
+To pairs it sees answers of mixed worth: the source that the thought names is drawn at random
+and part of the answers belong to other samples. So it reads single sources fairly, answers
+pairs in format, and has yet to learn which source to trust. Stopping early on the schedule
+leaves much to learn about reading too.
 
     python -m mars_trainer.sft --out models/tiny --seed 0
 """
@@ -45,18 +46,23 @@ class SftConfig:
 
     Attributes:
         out: folder of the model; made if it doesn't exist, files in it replaced.
+        steps: length of the schedule along which the learning rate falls.
+        stop_after: steps taken of it.
         samples: demonstrations a step, by dataset.
         learning_rate: its highest value; it warms up and then falls along a cosine.
         mono_share: share of single-source demonstrations.
+        right_share: share of right answers among demonstrations on pairs.
     """
 
     out: Path
     seed: int = 0
-    steps: int = 700
-    samples: tuple[tuple[DatasetName, int], ...] = ((DatasetName.DIGITS, 24), (DatasetName.SCENE, 24))
+    steps: int = 1000
+    stop_after: int = 500
+    samples: tuple[tuple[DatasetName, int], ...] = ((DatasetName.DIGITS, 32), (DatasetName.SCENE, 16))
     learning_rate: float = 2e-3
     warmup_steps: int = 50
-    mono_share: float = 0.75
+    mono_share: float = 0.85
+    right_share: float = 0.6
     threads: int = 1
 
 
@@ -88,7 +94,8 @@ def train(policy: Policy, config: SftConfig, report: Callable[[str], None]) -> N
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     rng = np.random.default_rng(config.seed)
     started = time.monotonic()
-    for step in range(1, config.steps + 1):
+    last_step = min(config.stop_after, config.steps)
+    for step in range(1, last_step + 1):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _rate_factor(step, config.steps, config.warmup_steps)
         losses = {name: _loss(policy, load_dataset(name), count, config, rng) for name, count in config.samples}
@@ -96,9 +103,9 @@ def train(policy: Policy, config: SftConfig, report: Callable[[str], None]) -> N
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
-        if step % 25 == 0 or step == config.steps:
+        if step % 25 == 0 or step == last_step:
             values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            report(f"warm start: step {step} of {config.steps}, loss {values}, {time.monotonic() - started:.0f} s")
+            report(f"warm start: step {step} of {last_step}, loss {values}, {time.monotonic() - started:.0f} s")
 
 
 def _rate_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -127,9 +134,9 @@ def demonstrate(dataset: Dataset, count: int, config: SftConfig, rng: np.random.
             demos.append(Demonstration(sample, PAIR, name, view, name, sample.truth))
         else:
             sample = dataset.train[int(rng.integers(len(dataset.train)))]
-            name = str(rng.choice(PAIR))
-            shown = sample.shows[name] or (demos[int(rng.integers(len(demos)))].truth if demos else sample.truth)
-            demos.append(Demonstration(sample, PAIR, None, View.SINGLE, name, shown))
+            right = not demos or rng.random() < config.right_share
+            truth = sample.truth if right else demos[int(rng.integers(len(demos)))].sample.truth
+            demos.append(Demonstration(sample, PAIR, None, View.SINGLE, str(rng.choice([*PAIR, "both"])), truth))
     return demos
 
 
@@ -167,8 +174,8 @@ def main() -> None:
     """The command line; every option has SftConfig's default."""
     parser = argparse.ArgumentParser(prog="mars_trainer.sft", description="Warm-start a tiny policy.")
     parser.add_argument("--out", type=Path, required=True)
-    for name, kind in (("seed", int), ("steps", int), ("threads", int)):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(SftConfig, name))
+    for name, kind in (("seed", int), ("steps", int), ("stop-after", int), ("threads", int)):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(SftConfig, name.replace("-", "_")))
     sft(SftConfig(**vars(parser.parse_args())), report=_write_line)
 
 

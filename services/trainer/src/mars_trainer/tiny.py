@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -162,22 +161,8 @@ def write_tiny(folder: Path, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer.get_vocab_size()))
-    _order_numbers(model, tokenizer)
     save_policy(model, folder)
     return model
-
-
-@torch.no_grad()
-def _order_numbers(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer) -> None:
-    """Let numbers begin with embeddings that change smoothly with their value.
-
-    Neighbours then share what is learned about one of them, e.g. that a coordinate is likely.
-    """
-    table = model.get_input_embeddings().weight
-    ids = [tokenizer.token_to_id(str(number)) for number in range(MAX_SIDE_PX + 1)]
-    wavelengths = torch.logspace(math.log10(12.0), math.log10(4.0 * MAX_SIDE_PX), table.shape[1] // 2)
-    angles = 2 * math.pi * torch.arange(len(ids))[:, None] / wavelengths
-    table[ids] += model.config.text_config.initializer_range * 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def save_policy(model: Qwen2_5_VLForConditionalGeneration, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

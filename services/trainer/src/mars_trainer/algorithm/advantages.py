@@ -79,7 +79,7 @@ def grpo_advantages(multi_rewards_G: Sequence[float], *, scale_rewards: bool = T
 def _check(multi_rewards_G: Sequence[float], mono_rewards: Mapping[str, Sequence[float]]) -> None:
     if not multi_rewards_G:
         raise ValueError("expected at least one multi-source reward, got none")
-    for name, rewards in {"multi-source": multi_rewards_G, **mono_rewards}.items():
+    for name, rewards in [("multi-source", multi_rewards_G), *mono_rewards.items()]:
         for index, reward in enumerate(rewards):
             if not math.isfinite(reward):
                 raise ValueError(f"reward of {name} completion {index} is {reward}; expected a finite number")

@@ -50,7 +50,6 @@ class Sample:
     Attributes:
         prompt_id: the sample's name, e.g. "digits/test/17".
         images: encoded PNG bytes by source name, in source order.
-        shows: what each source by itself would have one answer; None where it shows nothing.
         meta: the degradations that were applied, as plain JSON values.
     """
 
@@ -58,7 +57,6 @@ class Sample:
     question: str
     images: Mapping[str, bytes]
     truth: Truth
-    shows: Mapping[str, Truth | None] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -122,7 +122,6 @@ class DigitsDataset:
             question=QUESTION,
             images={name: encode_png(self._render(look, name == "infrared", rng)) for name, look in looks.items()},
             truth=TextTruth(text=str(self._labels[shown])),
-            shows={name: None if look.label is None else TextTruth(text=str(look.label)) for name, look in looks.items()},
             meta=meta | {"sources": {name: asdict(look) for name, look in looks.items()}},
         )
 

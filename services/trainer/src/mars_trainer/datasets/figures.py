@@ -60,7 +60,7 @@ def place_persons(side_px: int, count: int, rng: np.random.Generator) -> list[Pe
     """Up to `count` persons, left to right, who don't stand in front of one another."""
     persons: list[Person] = []
     for _ in range(40 * count):
-        height = rng.uniform(0.36, 0.7) * side_px * (1.0 if count == 1 else 0.85)
+        height = rng.uniform(0.3, 0.68) * side_px * (1.0 if count == 1 else 0.85)
         centre_x = rng.uniform(0.24 * height, side_px - 0.24 * height)
         foot_y = rng.uniform(height + 1, side_px - 2)
         person = draw_person(side_px, centre_x, foot_y, height, rng)
@@ -90,7 +90,7 @@ def draw_place(side_px: int, rng: np.random.Generator) -> Place:
     ground = (rows > horizon)[..., None]
     daylight = np.where(ground, rng.uniform(0.3, 0.6, 3), rng.uniform(0.55, 0.85, 3)) * np.ones((side_px, side_px, 3))
     warmth = np.where(ground[..., 0], rng.uniform(0.25, 0.35), rng.uniform(0.1, 0.2)) * np.ones((side_px, side_px))
-    for _ in range(int(rng.integers(1, 4))):
+    for _ in range(int(rng.integers(3, 7))):
         width, height = (int(rng.uniform(0.1, 0.45) * side_px) for _ in range(2))
         x, y = int(rng.integers(0, side_px - width)), int(rng.integers(0, side_px - height))
         daylight[y : y + height, x : x + width] = rng.uniform(0.2, 0.8, 3)

@@ -30,7 +30,7 @@ from mars_trainer.datasets.figures import Person, Place, by_daylight, by_warmth,
 QUESTION = "Find every person."
 SIDE_PX = 112
 TEST_SHARE = 0.2
-PERSON_COUNT_SHARES = {1: 0.7, 2: 0.2, 3: 0.1}
+PERSON_COUNT_SHARES = {1: 0.6, 2: 0.25, 3: 0.15}
 KIND_SHARES = {
     SampleKind.ONLY_VISIBLE: 0.2,
     SampleKind.ONLY_INFRARED: 0.2,
@@ -86,8 +86,8 @@ class SceneDataset:
         kind = SampleKind(rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values())))
         place, persons, elsewhere = draw_place(SIDE_PX, rng), self._persons(rng), self._persons(rng)
         good = [Look(persons, float(rng.uniform(0.8, 1.0)), 0.05) for _ in PAIR]
-        empty = Look([], 0.0, 0.12)
-        misled = Look(elsewhere, float(rng.uniform(0.35, 0.6)), 0.12)
+        empty = Look([], 0.0, 0.15)
+        misled = Look(elsewhere, float(rng.uniform(0.35, 0.6)), 0.15)
         visible, infrared = {
             SampleKind.ONLY_VISIBLE: (good[0], empty),
             SampleKind.ONLY_INFRARED: (empty, good[1]),
@@ -102,7 +102,7 @@ class SceneDataset:
         scene = self.scene_seed(Split.WARMUP, index)
         rng = generator(self.name, self._seed, scene)
         place, persons = draw_place(SIDE_PX, rng), self._persons(rng)
-        look = Look(persons, float(rng.uniform(0.35, 1.0)), float(rng.choice([0.05, 0.12])))
+        look = Look(persons, float(rng.uniform(0.35, 1.0)), float(rng.choice([0.05, 0.15])))
         return self._sample(Split.WARMUP, index, place, persons, {str(rng.choice(PAIR)): look}, {"scene_seed": scene}, rng)
 
     def _persons(self, rng: np.random.Generator) -> list[Person]:
@@ -123,14 +123,9 @@ class SceneDataset:
             prompt_id=f"{self.name}/{split}/{index}",
             question=QUESTION,
             images={name: _render(name, place, look, rng) for name, look in looks.items()},
-            truth=_truth(persons),
-            shows={name: _truth(look.persons) if look.persons else None for name, look in looks.items()},
+            truth=BoxesTruth(boxes=tuple(person.box for person in persons), width_px=SIDE_PX, height_px=SIDE_PX),
             meta=meta | {"sources": {name: _describe(look) for name, look in looks.items()}},
         )
-
-
-def _truth(persons: list[Person]) -> BoxesTruth:
-    return BoxesTruth(boxes=tuple(person.box for person in persons), width_px=SIDE_PX, height_px=SIDE_PX)
 
 
 def _render(name: str, place: Place, look: Look, rng: np.random.Generator) -> bytes:
