@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from builders import make_group, make_prompt, make_score, make_scored
-from mars_shared.contracts import Prompt, Purpose, ScoredGroup
+from mars_shared.contracts import PolicyVersion, Prompt, Purpose, ScoredGroup
 from mars_shared.errors import LeaseLostError, QueueUnavailableError
 from mars_shared.queue import Claim, DeadLetter, Queue, Streams
 from mars_shared.server import EmbeddedValkey
@@ -235,6 +235,19 @@ async def test_a_second_answer_is_dropped(exchange: Exchange, patient_queue: Que
     assert await exchange.queue.depth(stream) <= 3  # the two that count, and at most one that comes too late to be looked at
     assert indices(await patiently(answers_after(exchange, patient_queue, run_name))) == [3]
     assert await exchange.queue.depth(stream) == 3
+
+
+async def test_an_answer_from_before_a_restart_to_the_same_task_is_dropped(
+    exchange: Exchange, patient_queue: Queue, run_name: str
+) -> None:
+    await exchange.start()
+    old = make_prompt(1, run=run_name, version=PolicyVersion(incarnation=0, step=3))
+    stream = exchange.streams.scored(Purpose.TRAIN)
+    await patient_queue.put(stream, scored(old).model_dump_json().encode(), dedupe_key="0/train-00000001/0", bound=9)
+    async with working(Worker(patient_queue, run_name)):
+        (answer,) = await patiently(exchange.gather(prompts_of(run_name, 1)))
+    assert answer.scored.group.prompt == make_prompt(1, run=run_name)
+    assert await patient_queue.depth(stream) == 1
 
 
 async def answers_after(exchange: Exchange, queue: Queue, run: str) -> list[Answer]:

@@ -160,6 +160,15 @@ def test_a_service_that_never_gets_ready_is_given_up_with_the_end_of_its_log(sta
     assert stage.log("broken").count("line 29") == 3
 
 
+def test_a_service_that_gets_ready_and_dies_again_and_again_is_given_up(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "MANY_DEATHS", 5)
+    stage.start("doomed", "import time, sys; time.sleep(0.1); print('dies', flush=True); sys.exit(7)")
+    with pytest.raises(ServiceFailedError, match="doomed ended with exit code 7"):
+        stage.until(lambda: False)
+    assert stage.log("doomed").count("dies") == 5
+    assert "doomed is ready" in stage.said
+
+
 def test_a_wrong_configuration_is_not_tried_again(stage: Stage) -> None:
     stage.start("misled", "import sys; print('unknown key'); sys.exit(2)", ready_url="http://127.0.0.1:9/readyz")
     with pytest.raises(ServiceFailedError, match=r"misled ended with exit code 2:\n  unknown key"):

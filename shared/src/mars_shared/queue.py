@@ -221,8 +221,10 @@ class Queue:
             await asyncio.sleep(self.lease_s / 3)
             try:
                 await self.heartbeat(claim)
+                _heed_cancellation()
             except QueueUnavailableError as error:
                 logger.warning("no heartbeat for %s: %s", claim, error)
+                _heed_cancellation()
             except QueueError as error:
                 failures.append(error)
                 alarm.reschedule(asyncio.get_running_loop().time())
