@@ -88,7 +88,7 @@ class History:
 
 
 @dataclass
-class Workplace:
+class RunFolder:
     """A run folder with its recipe."""
 
     dir: Path
@@ -160,20 +160,20 @@ def trainer_policy(model_dir: Path) -> TrainerPolicy:
 
 
 @pytest.fixture(scope="session")
-def workplace(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def run_folder(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = tmp_path_factory.mktemp("run")
-    return make_workplace(folder, model_dir)
+    return make_run_folder(folder, model_dir)
 
 
-def make_workplace(folder: Path, model: Path) -> Workplace:
+def make_run_folder(folder: Path, model: Path) -> RunFolder:
     path = folder / "recipe.toml"
     path.write_text(RECIPE.format(run=RUN, dir=folder, model=model, max_model_len=MAX_MODEL_LEN, max_pixels=MAX_PIXELS))
-    return Workplace(folder, path, load_recipe(path), BlobStore(folder / "blobs"))
+    return RunFolder(folder, path, load_recipe(path), BlobStore(folder / "blobs"))
 
 
 @pytest.fixture(scope="session")
-def history(model_dir: Path, workplace: Workplace) -> History:
-    store = WeightsStore(workplace.dir / "weights")
+def history(model_dir: Path, run_folder: RunFolder) -> History:
+    store = WeightsStore(run_folder.dir / "weights")
     history = History(store, [], [])
     tensors = policy_tensors(load_policy(model_dir).model, torch.float32)
     for step in range(1, VERSIONS + 1):
@@ -190,12 +190,12 @@ def publish(store: WeightsStore, tensors: dict[str, torch.Tensor], version: Poli
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def engine(workplace: Workplace) -> AsyncIterator[object]:
+async def engine(run_folder: RunFolder) -> AsyncIterator[object]:
     """The real vLLM engine with the base model's weights; every test sets the version it needs."""
     configure_environment(threads=1, max_image_pixels=MAX_PIXELS)
     from mars_rollout.engine.vllm import VllmEngine
 
-    engine = await VllmEngine.start(workplace.recipe)
+    engine = await VllmEngine.start(run_folder.recipe)
     yield engine
     await engine.shutdown()
 
@@ -206,8 +206,8 @@ def renderer(model_dir: Path) -> PromptRenderer:
 
 
 @pytest.fixture(scope="session")
-def maker(engine: object, renderer: PromptRenderer, workplace: Workplace) -> GroupMaker:
-    return GroupMaker(engine, renderer, workplace.blobs, replica="in-process", data=DATA)  # type: ignore[arg-type]
+def maker(engine: object, renderer: PromptRenderer, run_folder: RunFolder) -> GroupMaker:
+    return GroupMaker(engine, renderer, run_folder.blobs, replica="in-process", data=DATA)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")
@@ -219,11 +219,11 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 class ReplicaProcess:
     """`python -m mars_rollout` in a session of its own."""
 
-    def __init__(self, workplace: Workplace, environment: dict[str, str], name: str = "replica-0") -> None:
+    def __init__(self, run_folder: RunFolder, environment: dict[str, str], name: str = "replica-0") -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log_path = workplace.dir / f"{name}.log"
-        command = [sys.executable, "-m", "mars_rollout", "--recipe", str(workplace.recipe_path)]
+        self.log_path = run_folder.dir / f"{name}.log"
+        command = [sys.executable, "-m", "mars_rollout", "--recipe", str(run_folder.recipe_path)]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self.port), "--name", name],
@@ -264,10 +264,10 @@ class ReplicaProcess:
 
 
 @pytest.fixture(scope="session")
-def reward_url(workplace: Workplace, redis_url: str) -> Iterator[str]:
+def reward_url(run_folder: RunFolder, redis_url: str) -> Iterator[str]:
     """The real reward service."""
     port = free_port()
-    command = [sys.executable, "-m", "mars_reward", "--recipe", str(workplace.recipe_path), "--port", str(port)]
+    command = [sys.executable, "-m", "mars_reward", "--recipe", str(run_folder.recipe_path), "--port", str(port)]
     process = subprocess.Popen(command, env=os.environ | {"MARS_REDIS_URL": redis_url}, start_new_session=True)
     yield f"http://127.0.0.1:{port}"
     process.terminate()
@@ -275,9 +275,9 @@ def reward_url(workplace: Workplace, redis_url: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def replica(workplace: Workplace, history: History, redis_url: str, reward_url: str) -> Iterator[ReplicaProcess]:
+def replica(run_folder: RunFolder, history: History, redis_url: str, reward_url: str) -> Iterator[ReplicaProcess]:
     """A replica that starts when version 1.10 is HEAD; the one that tests may talk to, not kill."""
-    process = ReplicaProcess(workplace, {"MARS_REDIS_URL": redis_url, "MARS_REWARD_URL": reward_url})
+    process = ReplicaProcess(run_folder, {"MARS_REDIS_URL": redis_url, "MARS_REWARD_URL": reward_url})
     try:
         process.wait_ready()
         yield process

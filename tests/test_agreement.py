@@ -13,7 +13,7 @@ from mars_rollout.group import GroupMaker
 from mars_shared.contracts import RolloutGroup, View
 from mars_trainer.batching import EncodedGroup, EncodedPrompt, make_microbatches, pixels
 from mars_trainer.model import Policy, completion_logprobs
-from rollout_fixtures import History, Workplace, adhoc, make_prompt, png
+from rollout_fixtures import History, RunFolder, adhoc, make_prompt, png
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 BOUND = 1e-4
@@ -44,10 +44,10 @@ def load(policy: Policy, tensors: dict[str, torch.Tensor]) -> None:
 
 
 async def test_logprobs_agree_at_every_version_of_a_history(
-    engine: Engine, maker: GroupMaker, workplace: Workplace, history: History, trainer_policy: Policy
+    engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History, trainer_policy: Policy
 ) -> None:
     """Two images, multi- and mono-source views; odd versions change the vision tower alone."""
-    prompt = adhoc(make_prompt(workplace.blobs))
+    prompt = adhoc(make_prompt(run_folder.blobs))
     differences, groups = [], []
     for index, manifest in enumerate(history.manifests[:4]):
         await engine.update(manifest, history.folder(index))
@@ -64,22 +64,22 @@ async def test_logprobs_agree_at_every_version_of_a_history(
 
 @pytest.mark.parametrize("view", list(View))
 async def test_both_mono_views_agree(
-    view: View, engine: Engine, maker: GroupMaker, workplace: Workplace, history: History, trainer_policy: Policy
+    view: View, engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History, trainer_policy: Policy
 ) -> None:
     await engine.update(history.manifests[3], history.folder(3))
     load(trainer_policy, history.tensors[3])
-    prompt = adhoc(make_prompt(workplace.blobs))
+    prompt = adhoc(make_prompt(run_folder.blobs))
     prompt = prompt.model_copy(update={"sampling": prompt.sampling.model_copy(update={"mono_view": view, "temperature": 0.7})})
     assert largest_difference(trainer_policy, await maker.make(prompt)) < BOUND
 
 
 async def test_sampled_placeholder_tokens_survive_and_agree(
-    engine: Engine, maker: GroupMaker, workplace: Workplace, history: History, trainer_policy: Policy
+    engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History, trainer_policy: Policy
 ) -> None:
     """4096 tokens of an almost uniform policy over some 730 tokens hold some image placeholders."""
     await engine.update(history.manifests[0], history.folder(0))
     load(trainer_policy, history.tensors[0])
-    prompt = adhoc(make_prompt(workplace.blobs))
+    prompt = adhoc(make_prompt(run_folder.blobs))
     sampling = prompt.sampling.model_copy(update={"num_generations": 64, "num_mono": 0, "max_completion_length": 64})
     group = await maker.make(prompt.model_copy(update={"sampling": sampling}))
     placeholder = trainer_policy.layout.image_token_id
@@ -89,9 +89,9 @@ async def test_sampled_placeholder_tokens_survive_and_agree(
 
 
 async def test_a_wrong_weight_is_noticed(
-    engine: Engine, maker: GroupMaker, workplace: Workplace, history: History, trainer_policy: Policy
+    engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History, trainer_policy: Policy
 ) -> None:
     """The comparison itself fails when the trainer holds another vision tower than the sampler."""
     await engine.update(history.manifests[1], history.folder(1))
     load(trainer_policy, history.tensors[2])
-    assert largest_difference(trainer_policy, await maker.make(adhoc(make_prompt(workplace.blobs)))) > BOUND
+    assert largest_difference(trainer_policy, await maker.make(adhoc(make_prompt(run_folder.blobs)))) > BOUND

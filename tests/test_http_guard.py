@@ -45,9 +45,9 @@ def sample_app(deployment: Deployment = LOOPBACK, *, ready: str | None = None) -
 
     @app.get("/fails/{kind}")
     async def fails(kind: str) -> None:
-        raise {"input": InputError, "media": MediaTypeError, "missing": BlobMissingError, "mars": MarsError}[kind](
-            f"{kind} it is"
-        )
+        raise {"input": InputError, "media": MediaTypeError, "missing": BlobMissingError, "mars": MarsError, "bug": TypeError}[
+            kind
+        ](f"{kind} it is")
 
     return app
 
@@ -117,6 +117,13 @@ async def test_a_wrong_key_is_refused(value: str) -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://10.0.0.1") as client:
         response = await client.get("/metrics", headers=[(b"Authorization", value.encode("latin-1"))])
     assert response.status_code == 401 and KEY not in response.text
+
+
+async def test_an_unexpected_error_has_the_shape_of_all_errors_and_tells_no_inside() -> None:
+    async with serving(sample_app()) as client:
+        response = await client.get("/fails/bug")
+        assert response.status_code == 500
+        assert error_of(response) == "an unexpected TypeError; the log says more"
 
 
 async def test_without_a_key_the_host_header_must_name_loopback() -> None:

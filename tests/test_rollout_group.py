@@ -11,7 +11,7 @@ from mars_rollout.render import PromptRenderer
 from mars_shared.contracts import Decoding, Kind, Prompt, Source, expected_members, sampling_seed
 from mars_shared.errors import BlobMissingError, ImageError, MediaTypeError, NotReadyError, TooLargeError
 from rollout_doubles import ScriptedEngine
-from rollout_fixtures import DATA, Workplace, adhoc, make_prompt, png
+from rollout_fixtures import DATA, RunFolder, adhoc, make_prompt, png
 
 
 @pytest.fixture
@@ -20,16 +20,16 @@ def scripted() -> ScriptedEngine:
 
 
 @pytest.fixture
-def making(scripted: ScriptedEngine, renderer: PromptRenderer, workplace: Workplace) -> GroupMaker:
-    return GroupMaker(scripted, renderer, workplace.blobs, replica="r", data=DATA)
+def making(scripted: ScriptedEngine, renderer: PromptRenderer, run_folder: RunFolder) -> GroupMaker:
+    return GroupMaker(scripted, renderer, run_folder.blobs, replica="r", data=DATA)
 
 
 def sampled(prompt: Prompt, **changes: object) -> Prompt:
     return prompt.model_copy(update={"sampling": prompt.sampling.model_copy(update=changes)})
 
 
-async def test_a_group_is_whole_ordered_and_seeded_by_the_contract(making: GroupMaker, workplace: Workplace) -> None:
-    prompt = adhoc(make_prompt(workplace.blobs))
+async def test_a_group_is_whole_ordered_and_seeded_by_the_contract(making: GroupMaker, run_folder: RunFolder) -> None:
+    prompt = adhoc(make_prompt(run_folder.blobs))
     group = await making.make(prompt, pull_s=0.25)
     assert [(c.kind, c.source, c.index) for c in group.completions] == list(expected_members(prompt))
     for completion in group.completions:
@@ -42,10 +42,10 @@ async def test_a_group_is_whole_ordered_and_seeded_by_the_contract(making: Group
 
 
 async def test_all_views_are_sent_at_once_and_images_are_shared(
-    making: GroupMaker, scripted: ScriptedEngine, workplace: Workplace
+    making: GroupMaker, scripted: ScriptedEngine, run_folder: RunFolder
 ) -> None:
     scripted.gate.clear()
-    work = asyncio.create_task(making.make(adhoc(make_prompt(workplace.blobs))))
+    work = asyncio.create_task(making.make(adhoc(make_prompt(run_folder.blobs))))
     await scripted.until_running(3)
     multi, visible, infrared = scripted.requests
     assert [request.n for request in scripted.requests] == [4, 2, 2]
@@ -54,32 +54,32 @@ async def test_all_views_are_sent_at_once_and_images_are_shared(
     await work
 
 
-async def test_greedy_members_have_no_seed(making: GroupMaker, scripted: ScriptedEngine, workplace: Workplace) -> None:
-    prompt = sampled(adhoc(make_prompt(workplace.blobs)), mono_decoding=Decoding.GREEDY, num_mono=1)
+async def test_greedy_members_have_no_seed(making: GroupMaker, scripted: ScriptedEngine, run_folder: RunFolder) -> None:
+    prompt = sampled(adhoc(make_prompt(run_folder.blobs)), mono_decoding=Decoding.GREEDY, num_mono=1)
     group = await making.make(prompt)
     assert [c.seed is None for c in group.completions] == [c.kind is Kind.MONO for c in group.completions]
     assert [request.greedy for request in scripted.requests] == [False, True, True]
 
 
-async def test_training_goes_before_adhoc(making: GroupMaker, scripted: ScriptedEngine, workplace: Workplace) -> None:
-    await making.make(make_prompt(workplace.blobs))
-    await making.make(adhoc(make_prompt(workplace.blobs)))
+async def test_training_goes_before_adhoc(making: GroupMaker, scripted: ScriptedEngine, run_folder: RunFolder) -> None:
+    await making.make(make_prompt(run_folder.blobs))
+    await making.make(adhoc(make_prompt(run_folder.blobs)))
     assert [request.urgent for request in scripted.requests] == [True] * 3 + [False] * 3
 
 
-async def test_one_failing_view_cancels_the_others(making: GroupMaker, scripted: ScriptedEngine, workplace: Workplace) -> None:
+async def test_one_failing_view_cancels_the_others(making: GroupMaker, scripted: ScriptedEngine, run_folder: RunFolder) -> None:
     scripted.gate.clear()
     scripted.failures.append(NotReadyError("dropped"))
     with pytest.raises(NotReadyError, match="dropped"):
-        await making.make(make_prompt(workplace.blobs))
+        await making.make(make_prompt(run_folder.blobs))
     assert scripted.running == 0
 
 
 async def test_a_training_group_of_two_versions_is_refused(
-    making: GroupMaker, scripted: ScriptedEngine, workplace: Workplace
+    making: GroupMaker, scripted: ScriptedEngine, run_folder: RunFolder
 ) -> None:
     scripted.gate.clear()
-    work = asyncio.create_task(making.make(make_prompt(workplace.blobs)))
+    work = asyncio.create_task(making.make(make_prompt(run_folder.blobs)))
     await scripted.until_running(3)
     scripted.version = scripted.version.model_copy(update={"step": 9})
     scripted.gate.set()
@@ -87,9 +87,9 @@ async def test_a_training_group_of_two_versions_is_refused(
         await work
 
 
-def with_blob(workplace: Workplace, data: bytes, media_type: str = "image/png") -> Prompt:
-    prompt = make_prompt(workplace.blobs)
-    source = Source.model_validate({"name": "visible", "blob": workplace.blobs.put(data), "media_type": media_type})
+def with_blob(run_folder: RunFolder, data: bytes, media_type: str = "image/png") -> Prompt:
+    prompt = make_prompt(run_folder.blobs)
+    source = Source.model_validate({"name": "visible", "blob": run_folder.blobs.put(data), "media_type": media_type})
     return prompt.model_copy(update={"sources": (source, prompt.sources[1])})
 
 
@@ -105,14 +105,14 @@ def with_blob(workplace: Workplace, data: bytes, media_type: str = "image/png") 
     ],
 )
 async def test_a_bad_image_is_refused_by_prompt_and_source(
-    data: bytes, media_type: str, error: type[Exception], message: str, making: GroupMaker, workplace: Workplace
+    data: bytes, media_type: str, error: type[Exception], message: str, making: GroupMaker, run_folder: RunFolder
 ) -> None:
     with pytest.raises(error, match=f"prompt sample-1, source 'visible': .*{message}|{message}"):
-        await making.make(with_blob(workplace, data, media_type))
+        await making.make(with_blob(run_folder, data, media_type))
 
 
-async def test_a_missing_blob_is_named(making: GroupMaker, workplace: Workplace) -> None:
-    prompt = make_prompt(workplace.blobs)
+async def test_a_missing_blob_is_named(making: GroupMaker, run_folder: RunFolder) -> None:
+    prompt = make_prompt(run_folder.blobs)
     source = prompt.sources[1].model_copy(update={"blob": "0" * 64})
     with pytest.raises(BlobMissingError, match="prompt sample-1, source 'infrared': blob 000"):
         await making.make(prompt.model_copy(update={"sources": (prompt.sources[0], source)}))

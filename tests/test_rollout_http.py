@@ -15,7 +15,7 @@ from openai import OpenAI
 from mars_rollout.adhoc import GroupAnswer
 from mars_shared.contracts import PolicyVersion, ScoredGroup
 from mars_shared.queue import Queue, Streams
-from rollout_fixtures import MAX_MODEL_LEN, History, ReplicaProcess, Workplace, make_prompt, png
+from rollout_fixtures import MAX_MODEL_LEN, History, ReplicaProcess, RunFolder, make_prompt, png
 
 pytestmark = pytest.mark.engine
 QUESTION = {"question": "Which digit?"}
@@ -85,8 +85,8 @@ def test_boxes_can_be_the_truth(client: httpx.Client) -> None:
         }
 
 
-def test_a_stored_blob_can_be_named(client: httpx.Client, workplace: Workplace) -> None:
-    blob = workplace.blobs.put(png(3))
+def test_a_stored_blob_can_be_named(client: httpx.Client, run_folder: RunFolder) -> None:
+    blob = run_folder.blobs.put(png(3))
     response = client.post("/v1/rollouts", json=body(sources=[{"name": "visible", "image": blob}]))
     assert response.status_code == 200, response.text
 
@@ -153,6 +153,14 @@ def test_chat_fetches_no_image(url: str, client: httpx.Client) -> None:
     assert "only data: URLs" in response.json()["error"]["message"]
 
 
+def test_chat_takes_no_arguments_for_the_image_processor(client: httpx.Client) -> None:
+    request = {"model": "policy", "messages": [{"role": "user", "content": "mm_processor_kwargs?"}], "max_tokens": 1}
+    assert client.post("/v1/chat/completions", json=request).status_code == 200
+    response = client.post("/v1/chat/completions", json=request | {"mm_processor_kwargs": {"max_pixels": 10**9}})
+    assert response.status_code == 400
+    assert "mm_processor_kwargs are not accepted" in response.json()["error"]["message"]
+
+
 def test_routes_that_change_the_engine_are_not_there(client: httpx.Client) -> None:
     for path in (
         "/v1/load_lora_adapter",
@@ -188,13 +196,13 @@ def test_version_health_and_metrics_are_there(client: httpx.Client, history: His
 
 
 async def test_a_prompt_in_the_queue_becomes_the_same_group_as_any_time(
-    workplace: Workplace, replica: ReplicaProcess, redis_url: str
+    run_folder: RunFolder, replica: ReplicaProcess, redis_url: str
 ) -> None:
     """The real engine, the real queue: put twice under other keys, the group's members are equal."""
-    queue, streams = Queue(redis_url), Streams(workplace.recipe.run.name)
+    queue, streams = Queue(redis_url), Streams(run_folder.recipe.run.name)
     groups = []
     for key in ("first", "second"):
-        payload = make_prompt(workplace.blobs).model_dump_json().encode()
+        payload = make_prompt(run_folder.blobs).model_dump_json().encode()
         await queue.put(streams.prompts, payload, dedupe_key=key, bound=10)
         claim = None
         while claim is None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from mars_shared.http import bind
-from rollout_fixtures import ReplicaProcess, Workplace, free_port, make_workplace, stop_politely
+from rollout_fixtures import ReplicaProcess, RunFolder, free_port, make_run_folder, stop_politely
 
 DEAD_URL = "redis://127.0.0.1:9/0"
 
@@ -36,22 +36,22 @@ def only_line(said: str) -> str:
     return line
 
 
-def test_a_redis_that_does_not_answer_is_named(workplace: Workplace) -> None:
-    code, said = run(workplace.recipe_path, DEAD_URL)
+def test_a_redis_that_does_not_answer_is_named(run_folder: RunFolder) -> None:
+    code, said = run(run_folder.recipe_path, DEAD_URL)
     assert code == 1
     assert "no answer from Redis at 127.0.0.1:9" in only_line(said)
 
 
-def test_a_taken_port_is_named(workplace: Workplace, redis_url: str) -> None:
+def test_a_taken_port_is_named(run_folder: RunFolder, redis_url: str) -> None:
     port = free_port()
     with bind("127.0.0.1", port):
-        code, said = run(workplace.recipe_path, redis_url, port)
+        code, said = run(run_folder.recipe_path, redis_url, port)
     assert code == 2
     assert f"cannot listen on 127.0.0.1:{port}" in only_line(said)
 
 
-def test_serving_beyond_loopback_needs_a_key(workplace: Workplace, redis_url: str) -> None:
-    code, said = run(workplace.recipe_path, redis_url, MARS_HOST="0.0.0.0")
+def test_serving_beyond_loopback_needs_a_key(run_folder: RunFolder, redis_url: str) -> None:
+    code, said = run(run_folder.recipe_path, redis_url, MARS_HOST="0.0.0.0")
     assert code == 2
     assert "MARS_API_KEY" in only_line(said)
 
@@ -61,14 +61,14 @@ def test_a_model_folder_without_its_parts_is_named(missing: str, model_dir: Path
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
     (model / missing).unlink()
-    code, said = run(make_workplace(tmp_path, model).recipe_path, redis_url)
+    code, said = run(make_run_folder(tmp_path, model).recipe_path, redis_url)
     assert code == 2
     assert str(model) in only_line(said)
 
 
-def test_an_unknown_recipe_key_is_named(workplace: Workplace, tmp_path: Path) -> None:
+def test_an_unknown_recipe_key_is_named(run_folder: RunFolder, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(workplace.recipe_path.read_text() + "\n[rollouts]\nnum = 1\n")
+    recipe.write_text(run_folder.recipe_path.read_text() + "\n[rollouts]\nnum = 1\n")
     code, said = run(recipe, DEAD_URL)
     assert code == 2
     assert "unknown key rollouts" in only_line(said)
@@ -99,7 +99,7 @@ class Trio:
 @pytest.fixture(scope="module")
 def trio(model_dir: Path, tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Trio]:
     """Without any published version: they are ready with the base model's weights."""
-    place = make_workplace(tmp_path_factory.mktemp("trio"), model_dir)
+    place = make_run_folder(tmp_path_factory.mktemp("trio"), model_dir)
     replicas = [ReplicaProcess(place, {"MARS_REDIS_URL": redis_url}, name) for name in ("killed", "robbed", "stopped")]
     try:
         for replica in replicas:
@@ -140,7 +140,7 @@ def test_sigterm_ends_a_replica_cleanly(trio: Trio) -> None:
 def test_ending_a_replica_while_its_engine_starts_leaves_nothing(
     number: signal.Signals, model_dir: Path, tmp_path: Path, redis_url: str
 ) -> None:
-    replica = ReplicaProcess(make_workplace(tmp_path, model_dir), {"MARS_REDIS_URL": redis_url})
+    replica = ReplicaProcess(make_run_folder(tmp_path, model_dir), {"MARS_REDIS_URL": redis_url})
     try:
         while engine_process(replica) is None:
             assert replica.process.poll() is None, replica.log

@@ -20,7 +20,7 @@ from mars_shared.errors import IntegrityError, NotReadyError
 from mars_shared.queue import Queue, Streams
 from mars_shared.weights import WeightsStore
 from rollout_doubles import ScriptedEngine
-from rollout_fixtures import DATA, Workplace, make_prompt, make_workplace, publish
+from rollout_fixtures import DATA, RunFolder, make_prompt, make_run_folder, publish
 
 
 def version(step: int, incarnation: int = 1) -> PolicyVersion:
@@ -31,7 +31,7 @@ def version(step: int, incarnation: int = 1) -> PolicyVersion:
 class Shop:
     """One worker with everything around it."""
 
-    place: Workplace
+    place: RunFolder
     store: WeightsStore
     engine: ScriptedEngine
     policy: Policy
@@ -78,7 +78,7 @@ class Shop:
 
 @pytest.fixture
 async def shop(tmp_path: Path, model_dir: Path, redis_url: str, renderer: PromptRenderer) -> AsyncIterator[Shop]:
-    place = make_workplace(tmp_path, model_dir)
+    place = make_run_folder(tmp_path, model_dir)
     engine, store = ScriptedEngine(), WeightsStore(tmp_path / "weights")
     policy = Policy(engine, store, model_dir)
     queue, streams = Queue(redis_url, lease_s=60.0), Streams(f"w-{tmp_path.name}")

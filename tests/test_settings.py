@@ -216,6 +216,14 @@ def test_a_wrong_deployment_variable_is_refused_and_named(monkeypatch: pytest.Mo
         load_deployment()
 
 
+@pytest.mark.parametrize(("name", "meant"), [("MARS_REDIS_ULR", "MARS_REDIS_URL"), ("MARS_APIKEY", "MARS_API_KEY")])
+def test_a_misspelt_deployment_variable_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+    monkeypatch.setenv("MARS_STACK", "cpu")
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(ConfigError, match=f"{name} in the environment is no setting; did you mean {meant}"):
+        load_deployment()
+
+
 def test_an_empty_api_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     # Compose files write MARS_API_KEY=${MARS_API_KEY}, which is empty where nobody set it.
     monkeypatch.setenv("MARS_API_KEY", "")

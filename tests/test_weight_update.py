@@ -11,7 +11,7 @@ from mars_rollout.engine.base import Engine, EngineRequest
 from mars_rollout.group import GroupMaker
 from mars_rollout.render import PromptRenderer
 from mars_shared.contracts import RolloutGroup
-from rollout_fixtures import VERSIONS, History, ReplicaProcess, Workplace, adhoc, make_prompt, png
+from rollout_fixtures import VERSIONS, History, ReplicaProcess, RunFolder, adhoc, make_prompt, png
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -21,14 +21,14 @@ def said(group: RolloutGroup) -> list[tuple[tuple[int, ...], tuple[float, ...]]]
 
 
 async def test_a_replica_updated_ten_times_equals_a_newcomer_bit_by_bit(
-    engine: Engine, maker: GroupMaker, workplace: Workplace, history: History, replica: ReplicaProcess
+    engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History, replica: ReplicaProcess
 ) -> None:
     """The newcomer is a replica process that loaded the tenth version alone."""
     import httpx
 
     for index, manifest in enumerate(history.manifests):
         await engine.update(manifest, history.folder(index))
-    prompt = adhoc(make_prompt(workplace.blobs)).model_copy(update={"prompt_id": "adhoc"})
+    prompt = adhoc(make_prompt(run_folder.blobs)).model_copy(update={"prompt_id": "adhoc"})
     mine = await maker.make(prompt)
     spec = prompt.sampling
     body = {
@@ -50,10 +50,10 @@ async def test_a_replica_updated_ten_times_equals_a_newcomer_bit_by_bit(
 
 
 async def test_nothing_stale_is_used_after_the_vision_tower_alone_changed(
-    engine: Engine, maker: GroupMaker, workplace: Workplace, history: History
+    engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History
 ) -> None:
     """Version 1.3 differs from 1.2 in the vision tower alone; a rollback and a return meet no old values either."""
-    prompt = adhoc(make_prompt(workplace.blobs))
+    prompt = adhoc(make_prompt(run_folder.blobs))
     answers = []
     for index in (1, 2, 1, 2):
         await engine.update(history.manifests[index], history.folder(index))
@@ -64,14 +64,14 @@ async def test_nothing_stale_is_used_after_the_vision_tower_alone_changed(
     assert answers[0] != answers[1]
 
 
-async def test_openai_requests_see_no_stale_vision_either(engine: Engine, workplace: Workplace, history: History) -> None:
+async def test_openai_requests_see_no_stale_vision_either(engine: Engine, run_folder: RunFolder, history: History) -> None:
     import base64
 
     import httpx
 
     from mars_rollout.engine.http import build_openai_app
 
-    app = await build_openai_app(engine, workplace.recipe)  # type: ignore[arg-type]
+    app = await build_openai_app(engine, run_folder.recipe)  # type: ignore[arg-type]
     url = "data:image/png;base64," + base64.b64encode(png(0)).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Which digit?"}]
     body = {"model": "policy", "messages": [{"role": "user", "content": content}], "logprobs": True, "max_tokens": 4, "seed": 1}
@@ -87,7 +87,7 @@ async def test_openai_requests_see_no_stale_vision_either(engine: Engine, workpl
 
 
 async def test_a_request_in_flight_goes_on_over_a_change_and_says_so(
-    engine: Engine, renderer: PromptRenderer, workplace: Workplace, history: History
+    engine: Engine, renderer: PromptRenderer, run_folder: RunFolder, history: History
 ) -> None:
     await engine.update(history.manifests[3], history.folder(3))
     text = tuple(renderer.token_ids([{"role": "user", "content": "Which digit?"}]))
@@ -105,10 +105,10 @@ async def test_a_request_in_flight_goes_on_over_a_change_and_says_so(
 
 
 async def test_changes_under_load_leave_training_answers_unharmed(
-    engine: Engine, maker: GroupMaker, workplace: Workplace, history: History
+    engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History
 ) -> None:
     """Groups of samples on shared images are in flight while versions change; afterwards all is as alone."""
-    prompt = adhoc(make_prompt(workplace.blobs))
+    prompt = adhoc(make_prompt(run_folder.blobs))
     await engine.update(history.manifests[5], history.folder(5))
     expected = said(await maker.make(prompt))
     for _ in range(3):

@@ -193,6 +193,13 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return JSONResponse(error_body("HTTPError", str(error.detail)), status_code=error.status_code, headers=error.headers)
 
+    async def on_surprise(_: Request, error: Exception) -> Response:
+        # The server logs the traceback; what it says is not for whoever asked.
+        return JSONResponse(
+            error_body("InternalError", f"an unexpected {type(error).__name__}; the log says more"), status_code=500
+        )
+
+    app.add_exception_handler(Exception, on_surprise)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(MarsError, on_mars_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

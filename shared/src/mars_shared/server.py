@@ -24,7 +24,7 @@ from typing import Self
 from redis import Redis, exceptions
 
 from mars_shared.errors import ConfigError, QueueUnavailableError
-from mars_shared.processes import dies_with_parent
+from mars_shared.processes import spawn
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,13 @@ class EmbeddedValkey:
         dir: holds valkey.conf (mode 0600, with the password), valkey.log and the data. Port and
             password in it are used again, so that `url` is the same for all who name this folder.
         port: None for the last one used here or, if that is taken or there is none, a free one.
+        log_path: where the server's output goes; None for valkey.log in `dir`.
     """
 
-    def __init__(self, dir: Path, port: int | None = None) -> None:
+    def __init__(self, dir: Path, port: int | None = None, *, log_path: Path | None = None) -> None:
         self.dir = dir.resolve()
         self.config_path = self.dir / "valkey.conf"
-        self.log_path = self.dir / "valkey.log"
+        self.log_path = log_path or self.dir / "valkey.log"
         last_port, last_password = _read_config(self.config_path)
         self._wanted_port = port
         self.port = port or last_port or 0
@@ -113,15 +114,7 @@ class EmbeddedValkey:
             raise ConfigError(f"Valkey on port {self.port} is running already as process {self.pid}")
         command = self.command()
         self.write_config()
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=dies_with_parent(),
-            )
+        self._process = spawn(command, log_path=self.log_path)
         try:
             self.wait_ready()
         except BaseException:

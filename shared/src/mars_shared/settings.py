@@ -12,6 +12,7 @@ import json
 import os
 import tomllib
 from collections.abc import Collection
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -264,12 +265,21 @@ def load_deployment() -> Deployment:
     """Read MARS_* from the environment.
 
     Raises:
-        ConfigError: a variable has a wrong value.
+        ConfigError: a variable has a wrong value, or a name that is nearly a known one.
     """
+    _refuse_misspelt()
     try:
         return Deployment()
     except ValidationError as error:
         raise ConfigError(f"environment MARS_*: {_explain(error)}") from error
+
+
+def _refuse_misspelt() -> None:
+    """Other programs may have MARS_* variables of their own; one that is a slip of the pen would pass unseen."""
+    known = {f"MARS_{name.upper()}" for name in Deployment.model_fields}
+    for name in sorted(os.environ.keys() - known):
+        if name.startswith("MARS_") and "__" not in name and (meant := get_close_matches(name, known, n=1, cutoff=0.85)):
+            raise ConfigError(f"{name} in the environment is no setting; did you mean {meant[0]}?")
 
 
 def _explain(error: ValidationError) -> str:

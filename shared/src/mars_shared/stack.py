@@ -89,16 +89,17 @@ def running_stack(
     check_bind(deployment)
     _check_ports(deployment.host, ports, recipe)
     run_dir = recipe.run.dir
+    log_dir = run_dir / "logs"
     run_dir.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ) | {"MARS_REWARD_URL": service_url(deployment.host, ports.reward)}
     valkey = None
     if "MARS_REDIS_URL" in os.environ:
         asyncio.run(_check_redis(deployment.redis_url))
     else:
-        valkey = EmbeddedValkey(run_dir / "valkey")
+        valkey = EmbeddedValkey(run_dir / "valkey", log_path=log_dir / "valkey.log")
         valkey.write_config()
         environment["MARS_REDIS_URL"] = valkey.url
-    supervisor = Supervisor(log_dir=run_dir / "logs", environment=environment, say=say)
+    supervisor = Supervisor(log_dir=log_dir, environment=environment, say=say)
     try:
         if valkey is not None:
             supervisor.start(Service("valkey", valkey.command(), needed_to_stop=True))

@@ -14,6 +14,7 @@ from mars_reward.registry import check_recipe, score
 from mars_shared.contracts import Completion, RolloutGroup, ScoredGroup, ScoreItem
 from mars_shared.errors import InputError, LeaseLostError, QueueError
 from mars_shared.http import explain_validation
+from mars_shared.patience import FIRST_PAUSE_S, longer
 from mars_shared.queue import Claim, Queue, Streams
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,6 @@ MAX_DEATHS = 10
 """Attempts that ended without a word (a killed worker, a lost lease) after which a group is given up."""
 LOOK_S = 0.5
 """Longest wait for a new entry, and so for noticing a stop."""
-BACK_OFF_S = (0.1, 5.0)
-"""First and longest pause while Redis cannot be used."""
 
 
 def score_group(group: RolloutGroup, recipe: str) -> ScoredGroup:
@@ -95,7 +94,7 @@ class RewardWorker:
         At the start, and whenever Redis comes back, entries still held under this name come first.
         """
         held: list[Claim] | None = None
-        pause_s = BACK_OFF_S[0]
+        pause_s = FIRST_PAUSE_S
         while not stop.is_set():
             try:
                 if held is None:
@@ -103,12 +102,12 @@ class RewardWorker:
                 claim = held.pop(0) if held else await self._next()
                 if claim is not None:
                     await self._handle(claim)
-                self.problem, pause_s = None, BACK_OFF_S[0]
+                self.problem, pause_s = None, FIRST_PAUSE_S
             except QueueError as error:
                 self.problem, held = str(error), None
                 logger.warning("waiting %.1f s: %s", pause_s, error)
                 await _wait(stop, pause_s)
-                pause_s = min(pause_s * 2, BACK_OFF_S[1])
+                pause_s = longer(pause_s)
 
     async def _next(self) -> Claim | None:
         return await self._queue.claim(self._streams.rollouts, self._consumer, wait_s=LOOK_S)

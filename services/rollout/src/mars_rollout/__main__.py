@@ -13,6 +13,7 @@ from pathlib import Path
 from mars_rollout.engine.environment import configure_environment
 from mars_shared.errors import MarsError
 from mars_shared.http import bind, check_bind
+from mars_shared.model_folder import check_model_folder
 from mars_shared.queue import Queue
 from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
 from mars_shared.telemetry import configure_logging
@@ -46,7 +47,7 @@ async def serve(recipe: Recipe, deployment: Deployment, listener: socket.socket,
         ConfigError: the model folder cannot be a policy.
         QueueUnavailableError: Redis does not answer at the start; later the worker waits for it.
     """
-    from mars_rollout.service import Replica, check_model_folder
+    from mars_rollout.service import Replica
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

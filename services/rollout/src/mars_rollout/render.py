@@ -13,6 +13,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from mars_shared.contracts import BoxFrame, FrameKind, Prompt, View
 from mars_shared.errors import ConfigError, ImageError, InputError, TooLongError
 from mars_shared.messages import build_messages, images_shown
+from mars_shared.model_folder import check_model_folder
 
 PER_MILLE = 1000
 SizePx = tuple[int, int]
@@ -46,6 +47,7 @@ class PromptRenderer:
     def __init__(self, model: Path, max_model_len: int) -> None:
         """Raises ConfigError: the folder lacks a tokenizer with chat template or a Qwen-VL image processor."""
         self._max_model_len = max_model_len
+        config = check_model_folder(model)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model)
             self._images = ImageGeometry(AutoImageProcessor.from_pretrained(model))
@@ -54,7 +56,7 @@ class PromptRenderer:
         if not getattr(self._tokenizer, "chat_template", None):
             raise ConfigError(f"model folder {model}: the tokenizer has no chat template; expected one that places images")
         self._special = tuple(t.content for t in self._tokenizer.added_tokens_decoder.values() if t.special)
-        self._placeholder = self._placeholder_token()
+        self._placeholder = int(config["image_token_id"])
 
     def views(self, prompt: Prompt, sizes_px: Mapping[str, SizePx]) -> tuple[ViewDraft, ...]:
         """The multi-source view, then one per source if the prompt asks for mono-source completions.
@@ -91,14 +93,6 @@ class PromptRenderer:
         """Chat messages up to where the assistant's answer begins."""
         ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         return [int(token) for token in ids]
-
-    def _placeholder_token(self) -> int:
-        """The id that one image adds to a rendered prompt and that the model expands."""
-        token: str = getattr(self._tokenizer, "image_token", None) or "<|image_pad|>"
-        found = self._tokenizer.convert_tokens_to_ids(token)
-        if found is None or found == self._tokenizer.unk_token_id:
-            raise ConfigError(f"the tokenizer has no image placeholder token {token!r}; expected a Qwen-VL tokenizer")
-        return int(found)
 
     def _refuse_special_tokens(self, prompt: Prompt) -> None:
         for token in self._special:

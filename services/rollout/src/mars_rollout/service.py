@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -19,7 +18,7 @@ from mars_rollout.group import GroupMaker
 from mars_rollout.policy import Policy
 from mars_rollout.worker import RolloutWorker
 from mars_shared.blobs import BlobStore
-from mars_shared.errors import ConfigError, NotReadyError
+from mars_shared.errors import NotReadyError
 from mars_shared.http import HttpServer
 from mars_shared.queue import Queue, Streams
 from mars_shared.settings import Deployment, Recipe
@@ -35,19 +34,6 @@ WATCH_S = 0.5
 SWEEP_S = 300.0
 FINISH_S = 10.0
 """How long groups in hand may take to finish after a stop; then their leases lapse."""
-
-
-def check_model_folder(model: Path) -> None:
-    """Refuse a folder that cannot be a policy before anything heavy starts.
-
-    Raises:
-        ConfigError: names what is missing.
-    """
-    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"):
-        if not (model / name).is_file():
-            raise ConfigError(f"model folder {model}: {name} is missing; expected a model with tokenizer in Hugging Face format")
-    if not any(model.glob("*.safetensors")):
-        raise ConfigError(f"model folder {model}: no *.safetensors file; expected the model's weights")
 
 
 class Replica:

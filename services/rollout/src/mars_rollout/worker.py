@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -14,8 +13,9 @@ from mars_rollout.group import GroupMaker
 from mars_rollout.metrics import GROUPS, count_group
 from mars_rollout.policy import Policy, SupersededError
 from mars_shared.contracts import Prompt, RolloutGroup
-from mars_shared.errors import InputError, LeaseLostError, MarsError, QueueUnavailableError
+from mars_shared.errors import InputError, LeaseLostError, MarsError
 from mars_shared.http import explain_validation
+from mars_shared.patience import patiently
 from mars_shared.queue import Claim, Queue, Streams
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,6 @@ MAX_DEATHS = 20
 """Attempts that ended without a word after which a prompt is given up; replicas die of other things too."""
 LOOK_S = 0.5
 """Longest wait for a new entry, and so for noticing a stop."""
-BACK_OFF_S = (0.1, 5.0)
-"""First and longest pause while Redis does not answer."""
-
-T = TypeVar("T")
 
 
 class RolloutWorker:
@@ -71,8 +67,8 @@ class RolloutWorker:
         async with asyncio.TaskGroup() as tasks:
             while await self._free_slot(slots, stop):
                 if held is None:
-                    held = await self._patiently(lambda: self._queue.resume(self._streams.prompts, self._consumer))
-                claim = held.pop(0) if held else await self._patiently(self._next)
+                    held = await patiently(lambda: self._queue.resume(self._streams.prompts, self._consumer))
+                claim = held.pop(0) if held else await patiently(self._next)
                 if claim is None:
                     slots.release()
                 else:
@@ -125,7 +121,7 @@ class RolloutWorker:
             await self._give_back(claim, prompt, error)
         else:
             payload = group.model_dump_json().encode()
-            await self._patiently(lambda: self._queue.complete(claim, forward=self._streams.rollouts, payload=payload))
+            await patiently(lambda: self._queue.complete(claim, forward=self._streams.rollouts, payload=payload))
             count_group(group)
 
     async def _read(self, claim: Claim) -> Prompt | None:
@@ -136,7 +132,7 @@ class RolloutWorker:
         except ValidationError as error:
             problems = explain_validation(error.errors(include_url=False)[:5])
             detail = f"entry of {len(claim.payload)} bytes is no Prompt: {problems}"
-            await self._patiently(lambda: self._queue.dead_letter(claim, "unreadable", detail))
+            await patiently(lambda: self._queue.dead_letter(claim, "unreadable", detail))
             GROUPS.labels(purpose="unknown", outcome="dead_letter").inc()
             return None
         if deaths >= MAX_DEATHS:
@@ -157,16 +153,5 @@ class RolloutWorker:
             await self._end(prompt, "retry", lambda: self._queue.retry(claim, f"{reason}: {detail}"))
 
     async def _end(self, prompt: Prompt, outcome: str, how: Callable[[], Awaitable[object]]) -> None:
-        await self._patiently(how)
+        await patiently(how)
         GROUPS.labels(purpose=prompt.purpose.value, outcome=outcome).inc()
-
-    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Repeat a call until Redis answers."""
-        pause_s = BACK_OFF_S[0]
-        while True:
-            try:
-                return await call()
-            except QueueUnavailableError as error:
-                logger.warning("waiting %.1f s: %s", pause_s, error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, BACK_OFF_S[1])

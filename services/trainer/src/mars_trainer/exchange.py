@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from mars_shared.contracts import Prompt, Purpose, ScoredGroup
 from mars_shared.errors import QueueUnavailableError
+from mars_shared.patience import patiently
 from mars_shared.queue import Claim, DeadLetter, PutResult, Queue, Streams
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Exchange:
 
     async def start(self) -> None:
         """Clear what a predecessor left of this purpose, and note the dead letters that are old."""
-        await self._until_connected(self._clear)
+        await patiently(self._clear)
 
     async def gather(
         self, prompts: Iterable[Prompt], *, replace: Callable[[Prompt, DeadLetter], Prompt | None] = lambda prompt, letter: None
@@ -100,7 +101,7 @@ class Exchange:
     async def acknowledge(self, answers: Iterable[Answer]) -> None:
         """Remove answered entries from the stream for good."""
         claims = [answer.claim for answer in answers]
-        await self._until_connected(lambda: self.queue.acknowledge(claims))
+        await patiently(lambda: self.queue.acknowledge(claims))
         self._held.difference_update(claim.entry_id for claim in claims)
 
     async def _ask(self, waiting: deque[Prompt]) -> None:
@@ -180,15 +181,6 @@ class Exchange:
             await self.queue.purge(streams.rollouts)
         newest = await self.queue.dead(self.run, limit=1)
         self._last_dead = newest[0].entry_id if newest else "0"
-
-    async def _until_connected(self, action: Callable[[], object]) -> None:
-        while True:
-            try:
-                await action()  # type: ignore[misc]
-                return
-            except QueueUnavailableError as error:
-                logger.warning("waiting for Redis: %s", error)
-                await asyncio.sleep(RECONNECT_S)
 
 
 def trainer_queue(url: str) -> Queue:

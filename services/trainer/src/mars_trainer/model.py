@@ -7,7 +7,6 @@ merged into the prompt's placeholders alone.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from mars_shared.errors import CheckpointError, ConfigError
+from mars_shared.model_folder import check_model_folder
 from mars_trainer.batching import Microbatch, TokenLayout
-
-_REQUIRED_FILES = {
-    "config.json": "the model's configuration",
-    "tokenizer.json": "a fast tokenizer",
-    "tokenizer_config.json": "the tokenizer's settings",
-    "preprocessor_config.json": "the image processor's settings",
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ def load_policy(path: Path, dtype: torch.dtype = torch.float32, device: torch.de
         ConfigError: no such folder, a file missing, or another architecture.
         CheckpointError: weights missing or not of this configuration.
     """
-    _check_folder(path)
+    check_model_folder(path)
     try:
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, local_files_only=True, attn_implementation="sdpa", output_loading_info=True
@@ -69,29 +62,19 @@ def load_policy(path: Path, dtype: torch.dtype = torch.float32, device: torch.de
 
 
 def layout_of(model: Qwen2_5_VLForConditionalGeneration, processor: Any) -> TokenLayout:
-    """Placeholder and padding ids and the merge size of a model."""
-    config = model.config
+    """Placeholder and padding ids and the merge size of a model.
+
+    Raises:
+        ConfigError: the tokenizer has no padding token.
+    """
+    config, pad_token_id = model.config, processor.tokenizer.pad_token_id
+    if pad_token_id is None:
+        raise ConfigError("the model's tokenizer has no padding token; set pad_token in its tokenizer_config.json")
     return TokenLayout(
         image_token_id=config.image_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id or 0,
+        pad_token_id=pad_token_id,
         merge_size=config.vision_config.spatial_merge_size,
     )
-
-
-def _check_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise ConfigError(f"model folder {path}: no such folder; expected a model in Hugging Face format")
-    for name, meaning in _REQUIRED_FILES.items():
-        if not (path / name).is_file():
-            raise ConfigError(f"model folder {path}: {name} is missing; expected {meaning} in Hugging Face format")
-    if not any(path.glob("*.safetensors")):
-        raise ConfigError(f"model folder {path}: no *.safetensors file; expected the weights")
-    try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise ConfigError(f"model folder {path}: config.json is not valid JSON: {error}") from error
-    if kind != "qwen2_5_vl":
-        raise ConfigError(f"model folder {path}: model_type is {kind!r}; expected 'qwen2_5_vl'")
 
 
 def completion_logprobs(

@@ -24,12 +24,11 @@ from mars_trainer.timeline import STAGES
 def main() -> int:
     parser = argparse.ArgumentParser(prog="mars_trainer.report", description=__doc__)
     parser.add_argument("--recipe", type=Path, required=True)
-    console = Console()
     try:
         recipe = load_recipe(parser.parse_args().recipe)
-        report(recipe, console)
+        report(recipe, Console())
     except MarsError as error:
-        console.print(f"mars: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        Console(stderr=True).print(f"mars: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return error.exit_code
     return 0
 

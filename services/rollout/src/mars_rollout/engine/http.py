@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.middleware.base import RequestResponseEndpoint
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -15,10 +19,14 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from mars_rollout.engine.environment import MEDIA_CONNECTOR
 from mars_rollout.engine.vllm import SERVED_NAME, VllmEngine
+from mars_shared.http import error_body
 from mars_shared.settings import Recipe
 
 OPENAI_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health"})
 """All that is served of vLLM's app: nothing that changes weights, adapters, profiling or sleep."""
+
+
+PROCESSOR_ARGUMENTS = "mm_processor_kwargs"
 
 
 @MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)
@@ -41,6 +49,23 @@ def _refuse_other_urls(url: str) -> None:
         raise VLLMValidationError(f"image URL {url[:60]!r}: only data: URLs are read; expected data:image/png;base64,...")
 
 
+async def refuse_processor_arguments(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    """Answer 400 to a body with mm_processor_kwargs: it could raise the pixel limit, and so take the replica's memory."""
+    if request.method == "POST" and PROCESSOR_ARGUMENTS in _keys(await request.body()):
+        message = f"{PROCESSOR_ARGUMENTS} are not accepted; images are processed as in training"
+        return JSONResponse(error_body("InputError", message), status_code=400)
+    return await call_next(request)
+
+
+def _keys(body: bytes) -> Collection[str]:
+    """A JSON object's keys; none if the body is something else, which vLLM refuses by itself."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return ()
+    return content.keys() if isinstance(content, dict) else ()
+
+
 async def build_openai_app(engine: VllmEngine, recipe: Recipe) -> FastAPI:
     """An ASGI app with the OPENAI_ROUTES; the model is called "policy", or by the run's name."""
     llm = engine.llm
@@ -53,5 +78,6 @@ async def build_openai_app(engine: VllmEngine, recipe: Recipe) -> FastAPI:
     await init_app_state(llm, app.state, arguments, tasks)
     # vLLM stops its server here when the engine dies; the replica watches the engine itself.
     app.state.server = SimpleNamespace(should_exit=False)
+    app.middleware("http")(refuse_processor_arguments)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPENAI_ROUTES]
     return app
