@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from mars_rollout.adhoc import AdhocPrompts, RewardClient
 from mars_rollout.app import Stage, build_app, mount_openai
@@ -76,7 +77,7 @@ class Replica:
             self._problem = "the replica is stopping"
             await engine.shutdown()
 
-    async def _start_engine(self, stop: asyncio.Event) -> tuple[Engine, FastAPI, GroupMaker]:
+    async def _start_engine(self, stop: asyncio.Event) -> tuple[Engine, ASGIApp, GroupMaker]:
         """The engine, its OpenAI app and a group maker; a stop meanwhile ends the process at once."""
         starting = asyncio.create_task(self._load())
         stopping = asyncio.create_task(stop.wait())
@@ -89,7 +90,7 @@ class Replica:
         stopping.cancel()
         return starting.result()
 
-    async def _load(self) -> tuple[Engine, FastAPI, GroupMaker]:
+    async def _load(self) -> tuple[Engine, ASGIApp, GroupMaker]:
         recipe = self._recipe
         renderer = await asyncio.to_thread(_load_renderer, recipe)
         start_engine, build_openai_app = await asyncio.to_thread(_import_engine)
@@ -151,7 +152,7 @@ def _load_renderer(recipe: Recipe) -> PromptRenderer:
     return PromptRenderer(recipe.model.path, recipe.model.max_model_len)
 
 
-def _import_engine() -> tuple[Callable[[Recipe], Awaitable[Any]], Callable[[Any, Recipe], Awaitable[FastAPI]]]:
+def _import_engine() -> tuple[Callable[[Recipe], Awaitable[Any]], Callable[[Any, Recipe], Awaitable[ASGIApp]]]:
     """Imported late and in a thread: it takes seconds in which /healthz should answer."""
     from mars_rollout.engine.http import build_openai_app
     from mars_rollout.engine.vllm import VllmEngine

@@ -9,7 +9,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.middleware.base import RequestResponseEndpoint
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.types import ASGIApp
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -66,7 +67,7 @@ def _keys(body: bytes) -> Collection[str]:
     return content.keys() if isinstance(content, dict) else ()
 
 
-async def build_openai_app(engine: VllmEngine, recipe: Recipe) -> FastAPI:
+async def build_openai_app(engine: VllmEngine, recipe: Recipe) -> ASGIApp:
     """An ASGI app with the OPENAI_ROUTES; the model is called "policy", or by the run's name."""
     llm = engine.llm
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
@@ -78,6 +79,5 @@ async def build_openai_app(engine: VllmEngine, recipe: Recipe) -> FastAPI:
     await init_app_state(llm, app.state, arguments, tasks)
     # vLLM stops its server here when the engine dies; the replica watches the engine itself.
     app.state.server = SimpleNamespace(should_exit=False)
-    app.middleware("http")(refuse_processor_arguments)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPENAI_ROUTES]
-    return app
+    return BaseHTTPMiddleware(app, dispatch=refuse_processor_arguments)
