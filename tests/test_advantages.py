@@ -7,17 +7,32 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mars_trainer.algorithm.advantages import EPS, GroupAdvantages, grpo_advantages, mars_advantages
+from mars_trainer.algorithm.advantages import (
+    EPS,
+    GroupAdvantages,
+    dr_grpo_advantages,
+    grpo_advantages,
+    mars_advantages,
+)
 
 rewards = st.floats(-10, 10, allow_nan=False)
 multi_rewards = st.lists(rewards, min_size=1, max_size=16)
-mono_rewards = st.dictionaries(
-    st.sampled_from(["visible", "infrared", "depth"]), st.lists(rewards, min_size=1, max_size=3), min_size=1
-)
+
+
+@st.composite
+def equal_mono_rewards(draw: st.DrawFn, *, min_mono: int = 1) -> dict[str, list[float]]:
+    """K from 1 to 8 sources with M from `min_mono` to 4 rewards each."""
+    num_sources, num_mono = draw(st.integers(1, 8)), draw(st.integers(min_mono, 4))
+    return {f"source-{k}": draw(st.lists(rewards, min_size=num_mono, max_size=num_mono)) for k in range(num_sources)}
+
+
+mono_rewards = equal_mono_rewards()
+any_mono_rewards = equal_mono_rewards(min_mono=0)
 
 
 def close(actual: Sequence[float], expected: Sequence[float], tolerance: float = 1e-9) -> bool:
@@ -125,11 +140,56 @@ def test_the_order_of_completions_and_sources_does_not_matter(
     )
 
 
-@given(multi=multi_rewards)
-def test_without_mono_rollouts_advantages_sum_to_zero(multi: list[float]) -> None:
-    group = mars_advantages(multi, {})
+@given(multi=multi_rewards, sources=st.integers(0, 8))
+def test_without_mono_rollouts_mars_is_grpo_and_advantages_sum_to_zero(multi: list[float], sources: int) -> None:
+    group = mars_advantages(multi, {f"source-{k}": [] for k in range(sources)})
     assert math.isclose(math.fsum(group.advantages_G), 0, abs_tol=1e-7)
     assert group == grpo_advantages(multi)
+
+
+@given(multi=multi_rewards, mono=any_mono_rewards)
+def test_grpo_looks_at_mono_rollouts_for_the_gain_alone(multi: list[float], mono: dict[str, list[float]]) -> None:
+    group, hybrid = grpo_advantages(multi, mono), mars_advantages(multi, mono)
+    assert group.advantages_G == grpo_advantages(multi).advantages_G
+    assert (group.gain, group.gain_by_source) == (hybrid.gain, hybrid.gain_by_source)
+
+
+@given(multi=multi_rewards, mono=any_mono_rewards)
+def test_dr_grpo_is_grpo_without_the_division(multi: list[float], mono: dict[str, list[float]]) -> None:
+    mean = math.fsum(multi) / len(multi)
+    assert close(dr_grpo_advantages(multi, mono).advantages_G, [r - mean for r in multi])
+
+
+@given(multi=multi_rewards, mono=any_mono_rewards)
+def test_hybrid_advantages_are_zero_exactly_when_the_pool_has_no_spread(
+    multi: list[float], mono: dict[str, list[float]]
+) -> None:
+    pool = [*multi, *itertools.chain.from_iterable(mono.values())]
+    spread = max(pool) - min(pool)
+    assume(spread == 0 or spread > 1e-9)  # squares of still smaller ones vanish
+    group = mars_advantages(multi, mono)
+    assert (group.pool_std == 0) == (spread == 0)
+    if spread == 0:
+        assert set(group.advantages_G) == {0.0}
+
+
+@pytest.mark.parametrize(("generations", "sources", "mono"), [(4, 2, 1), (2, 3, 2), (6, 0, 0), (3, 1, 4)])
+def test_the_expected_gradient_by_monte_carlo(generations: int, sources: int, mono: int) -> None:
+    """The first theorem by sampling groups from a categorical policy; the next test goes through all of them."""
+    rng = np.random.default_rng(0)
+    p, q, reward = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6]), np.array([0.0, 1.0, 3.0])
+    samples = 20_000
+    answers = rng.choice(3, size=(samples, generations), p=p)
+    singles = reward[rng.choice(3, size=(samples, sources, mono), p=q)]
+    estimates = np.zeros((samples, 3))
+    for index in range(samples):
+        by_source = {str(k): singles[index, k].tolist() for k in range(sources)}
+        group = mars_advantages(reward[answers[index]].tolist(), by_source, scale_rewards=False)
+        scores = np.eye(3)[answers[index]] - p
+        estimates[index] = (np.array(group.advantages_G)[:, None] * scores).mean(axis=0)
+    expected = (1 - 1 / (generations + sources * mono)) * p * (reward - (p * reward).sum())
+    deviation = (estimates.mean(axis=0) - expected) / (estimates.std(axis=0) / math.sqrt(samples))
+    assert np.abs(deviation).max() < 4, deviation
 
 
 @given(multi=multi_rewards, mono=mono_rewards, shift=st.floats(-5, 5))

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, tensor
 
-from mars_trainer.algorithm.losses import LossType, PolicyLoss, k3_kl, loss_weights, policy_loss
+from mars_trainer.algorithm.losses import (
+    ImportanceCorrection,
+    LossType,
+    PolicyLoss,
+    importance_weights,
+    k3_kl,
+    loss_weights,
+    policy_loss,
+)
 
 EPSILON, EPSILON_HIGH = 0.2, 0.3
 
@@ -103,15 +111,15 @@ def test_a_kl_without_a_reference_is_an_error() -> None:
 def test_token_weights_by_hand() -> None:
     mask = tensor([[1.0, 1, 0], [1, 0, 0], [1, 1, 1]])
     # dapo: each of the 6 tokens 1/6. grpo: each of the 3 completions 1/3, shared by its tokens.
-    dapo = loss_weights(mask, "dapo", batch_completions=3, batch_tokens=6)
+    dapo = loss_weights(mask, "dapo", batch_completions=3, batch_tokens=6, max_completion_length=8)
     torch.testing.assert_close(dapo, mask / 6)
-    grpo = loss_weights(mask, "grpo", batch_completions=3, batch_tokens=6)
+    grpo = loss_weights(mask, "grpo", batch_completions=3, batch_tokens=6, max_completion_length=8)
     torch.testing.assert_close(grpo, tensor([[1 / 6, 1 / 6, 0], [1 / 3, 0, 0], [1 / 9, 1 / 9, 1 / 9]]))
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 def test_a_batch_of_empty_completions_weighs_nothing(loss_type: LossType) -> None:
-    weights = loss_weights(torch.zeros(2, 1), loss_type, batch_completions=2, batch_tokens=0)
+    weights = loss_weights(torch.zeros(2, 1), loss_type, batch_completions=2, batch_tokens=0, max_completion_length=8)
     assert torch.equal(weights, torch.zeros(2, 1))
 
 
@@ -134,7 +142,7 @@ def loss_and_gradient(
     for rows in parts:
         width = int(mask[rows].sum(dim=1).max())
         part = mask[rows, :width]
-        weights = loss_weights(part, loss_type, batch_completions=len(mask), batch_tokens=tokens)
+        weights = loss_weights(part, loss_type, batch_completions=len(mask), batch_tokens=tokens, max_completion_length=8)
         result = policy_loss(
             leaf[rows, :width],
             old[rows, :width],
@@ -156,7 +164,7 @@ def loss_and_gradient(
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=7),
-    loss_type=st.sampled_from(["grpo", "dapo"]),
+    loss_type=st.sampled_from(["grpo", "dapo", "dr_grpo"]),
     cuts=st.sets(st.integers(1, 6)),
     seed=st.integers(0, 2**31),
 )
@@ -171,7 +179,8 @@ def test_microbatches_change_neither_loss_nor_gradient(
     split, split_gradient, split_weights = loss_and_gradient(batch, loss_type, parts)
     assert math.isclose(whole, split, rel_tol=1e-9, abs_tol=1e-12)
     torch.testing.assert_close(whole_gradient, split_gradient)
-    assert math.isclose(sum(whole_weights), 1) and math.isclose(sum(split_weights), 1)
+    total = sum(lengths) / (8 * len(lengths)) if loss_type == "dr_grpo" else 1
+    assert math.isclose(sum(whole_weights), total) and math.isclose(sum(split_weights), total)
 
 
 @pytest.mark.parametrize("rubbish", [7.5, -math.inf, math.nan])
@@ -188,7 +197,7 @@ def test_at_ratio_1_the_gradient_is_the_plain_policy_gradient() -> None:
     """d loss / d logprob = -A_i * weight, whatever the clip range."""
     logprobs, _, _, advantages, mask = random_batch([3, 2], seed=1)
     leaf = logprobs.clone().requires_grad_()
-    weights = loss_weights(mask, "dapo", batch_completions=2, batch_tokens=5)
+    weights = loss_weights(mask, "dapo", batch_completions=2, batch_tokens=5, max_completion_length=8)
     result = policy_loss(leaf, leaf.detach(), advantages, mask, weights, epsilon=0.0, epsilon_high=0.0)
     result.loss.backward()
     torch.testing.assert_close(leaf.grad, -advantages[:, None] * mask / 5)
@@ -208,3 +217,81 @@ def test_the_counts_are_sums_over_completion_tokens() -> None:
     assert math.isclose(result.loss.item(), 1.1 / 4, rel_tol=1e-6)
     # k3 at d = -ln 2 and ln 2, twice: 2 * (0.193147 + 0.306853) = 1.
     assert math.isclose(result.kl_sum.item(), 1.0, rel_tol=1e-6)
+
+
+def test_dr_grpo_weighs_every_token_the_same_whatever_the_lengths() -> None:
+    mask = tensor([[1.0, 1, 0], [1, 0, 0], [1, 1, 1]])
+    # 3 completions of at most 5 tokens: 1 / 15 each.
+    actual = loss_weights(mask, "dr_grpo", batch_completions=3, batch_tokens=6, max_completion_length=5)
+    torch.testing.assert_close(actual, mask / 15)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "counted"),
+    [
+        # A < 0 and ratio > c = 3: the loss stays at -c * A and its gradient ends.
+        (5.0, -2.0, 6.0, 0.0, 1),
+        # Below c nothing changes, nor where A > 0.
+        (2.5, -2.0, 5.0, 5.0, 0),
+        (0.5, -2.0, 1.6, 0.0, 0),
+        (5.0, 2.0, -2.6, 0.0, 0),
+        (1.0, 2.0, -2.0, -2.0, 0),
+    ],
+)
+def test_the_dual_clip_bounds_negative_advantages(
+    ratio: float, advantage: float, loss: float, gradient: float, counted: int
+) -> None:
+    result, slope = one_token(ratio, advantage, dual_clip=3.0)
+    assert math.isclose(result.loss.item(), loss, abs_tol=1e-12)
+    assert math.isclose(slope, gradient, abs_tol=1e-12)
+    assert result.clipped_dual_sum.item() == counted
+
+
+def test_a_dual_clip_inside_the_upper_clip_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"dual_clip is 1.3; expected more than 1 \+ epsilon_high"):
+        one_token(1.0, 1.0, dual_clip=1.3)
+
+
+def test_importance_weighs_the_surrogate_and_not_the_kl() -> None:
+    # ratio 1, A = 2, importance 0.5: -1; k3 at d = ln 2 is 0.306853.
+    reference = tensor([[-1.0 + math.log(2)]], dtype=torch.float64)
+    result, slope = one_token(1.0, 2.0, importance_BT=tensor([[0.5]]), beta=0.1, ref_logprobs_BT=reference)
+    assert math.isclose(result.loss.item(), -1 + 0.1 * (1 - math.log(2)), rel_tol=1e-9)
+    assert math.isclose(slope, -1 - 0.1, rel_tol=1e-9)
+
+
+RATIOS = tensor([[2.0, 0.5, 3.0], [1.0, 4.0, 9.0]])
+"""Of the old policy to the sampler; the last token of the second completion is padding."""
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        ("token_truncate", [[2.0, 0.5, 2.5], [1.0, 2.5, 1.0]]),
+        ("token_mask", [[2.0, 0.5, 0.0], [1.0, 0.0, 1.0]]),
+        # Products: 2 * 0.5 * 3 = 3 and 1 * 4 = 4.
+        ("sequence_truncate", [[2.5], [2.5]]),
+        ("sequence_mask", [[0.0], [0.0]]),
+    ],
+)
+def test_importance_weights_by_hand(correction: ImportanceCorrection, expected: list[list[float]]) -> None:
+    sampler = torch.full((2, 3), -1.0)
+    mask = tensor([[1.0, 1, 1], [1, 1, 0]])
+    actual = importance_weights(sampler + RATIOS.log(), sampler, mask, correction, cap=2.5)
+    assert actual is not None
+    torch.testing.assert_close(actual, tensor(expected))
+
+
+def test_importance_weights_carry_no_gradient_and_none_is_none() -> None:
+    old = torch.zeros(1, 2, requires_grad=True)
+    weights = importance_weights(old, torch.zeros(1, 2), torch.ones(1, 2), "token_truncate", cap=2.0)
+    assert weights is not None and not weights.requires_grad
+    assert importance_weights(old, torch.zeros(1, 2), torch.ones(1, 2), "none", cap=2.0) is None
+
+
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("correction", ["token_mask", "sequence_truncate"])
+def test_padding_does_not_enter_importance_weights(correction: ImportanceCorrection, rubbish: float) -> None:
+    mask = tensor([[1.0, 0.0]])
+    actual = importance_weights(tensor([[0.0, rubbish]]), torch.zeros(1, 2), mask, correction, cap=2.0)
+    assert actual is not None and torch.equal(actual, torch.ones_like(actual))

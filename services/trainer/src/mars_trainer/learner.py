@@ -18,7 +18,7 @@ from mars_shared.contracts import Completion, Kind, ScoredGroup
 from mars_shared.errors import CheckpointError, DivergedError
 from mars_shared.images import open_image
 from mars_shared.settings import Recipe
-from mars_trainer.algorithm.advantages import GroupAdvantages, grpo_advantages, mars_advantages
+from mars_trainer.algorithm.advantages import GroupAdvantages, dr_grpo_advantages, grpo_advantages, mars_advantages
 from mars_trainer.algorithm.losses import loss_weights, policy_loss
 from mars_trainer.batching import EncodedGroup, EncodedPrompt, Microbatch, make_microbatches, pixels
 from mars_trainer.model import TokenStatistics, completion_statistics, load_policy
@@ -87,11 +87,11 @@ class Learner:
 
     def _advantages(self, scored: ScoredGroup) -> GroupAdvantages:
         multi = scored.rewards(Kind.MULTI)
-        if self._train.advantage == "grpo":
-            return grpo_advantages(multi, scale_rewards=self._train.scale_rewards)
-        sources = [source.name for source in scored.group.prompt.sources]
-        mono = {name: scored.rewards(Kind.MONO, name) for name in sources}
-        return mars_advantages(multi, mono, scale_rewards=self._train.scale_rewards)
+        mono = {source.name: scored.rewards(Kind.MONO, source.name) for source in scored.group.prompt.sources}
+        if self._train.advantage == "dr_grpo":
+            return dr_grpo_advantages(multi, mono)
+        normalise = mars_advantages if self._train.advantage == "mars" else grpo_advantages
+        return normalise(multi, mono, scale_rewards=self._train.scale_rewards)
 
     def _set_learning_rate(self) -> float:
         train, done = self._train, self._steps_done

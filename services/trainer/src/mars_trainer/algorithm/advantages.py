@@ -1,4 +1,4 @@
-"""Hybrid advantages: multi-source rewards normalised over the union with mono-source rewards.
+"""Advantages: hybrid ones (MARS), over the union of multi- and mono-source rewards, and those of GRPO and Dr. GRPO.
 
 MARS, arXiv 2605.25437. Notation: G multi-source rewards r_i; K sources with M mono-source
 rewards s_kj each; N = G + K*M; the pool is all N rewards together.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 EPS = 1e-6
+NO_MONO: Mapping[str, Sequence[float]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,28 @@ def mars_advantages(
         sigma = sqrt(6 * 0.25 / 5) = 0.5477, A = (+0.9129, +0.9129, -0.9129, -0.9129), gain = 0.
     """
     _check(multi_rewards_G, mono_rewards)
-    mono = [reward for rewards in mono_rewards.values() for reward in rewards]
-    pool = [*multi_rewards_G, *mono]
+    pool = [*multi_rewards_G, *(reward for rewards in mono_rewards.values() for reward in rewards)]
+    return _normalised(multi_rewards_G, mono_rewards, pool, scale_rewards=scale_rewards)
+
+
+def grpo_advantages(
+    multi_rewards_G: Sequence[float], mono_rewards: Mapping[str, Sequence[float]] = NO_MONO, *, scale_rewards: bool = True
+) -> GroupAdvantages:
+    """GRPO (arXiv 2402.03300): the pool is the multi-source rewards; mono-source ones give the gain and nothing else."""
+    _check(multi_rewards_G, mono_rewards)
+    return _normalised(multi_rewards_G, mono_rewards, multi_rewards_G, scale_rewards=scale_rewards)
+
+
+def dr_grpo_advantages(
+    multi_rewards_G: Sequence[float], mono_rewards: Mapping[str, Sequence[float]] = NO_MONO
+) -> GroupAdvantages:
+    """Dr. GRPO (arXiv 2503.20783): GRPO without the division by the std, which favours groups of small spread."""
+    return grpo_advantages(multi_rewards_G, mono_rewards, scale_rewards=False)
+
+
+def _normalised(
+    multi_rewards_G: Sequence[float], mono_rewards: Mapping[str, Sequence[float]], pool: Sequence[float], *, scale_rewards: bool
+) -> GroupAdvantages:
     pool_mean = math.fsum(pool) / len(pool)
     pool_std = _sample_std(pool, pool_mean)
     if pool_std == 0.0:
@@ -61,6 +83,7 @@ def mars_advantages(
     else:
         divisor = pool_std + EPS if scale_rewards else 1.0
         advantages = tuple((reward - pool_mean) / divisor for reward in multi_rewards_G)
+    mono = [reward for rewards in mono_rewards.values() for reward in rewards]
     multi_mean = math.fsum(multi_rewards_G) / len(multi_rewards_G)
     return GroupAdvantages(
         advantages_G=advantages,
@@ -69,11 +92,6 @@ def mars_advantages(
         gain=multi_mean - math.fsum(mono) / len(mono) if mono else None,
         gain_by_source={name: multi_mean - math.fsum(s) / len(s) for name, s in mono_rewards.items() if s},
     )
-
-
-def grpo_advantages(multi_rewards_G: Sequence[float], *, scale_rewards: bool = True) -> GroupAdvantages:
-    """GRPO (arXiv 2402.03300): the case without mono-source rewards."""
-    return mars_advantages(multi_rewards_G, {}, scale_rewards=scale_rewards)
 
 
 def _check(multi_rewards_G: Sequence[float], mono_rewards: Mapping[str, Sequence[float]]) -> None:
