@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,32 @@ from mars_shared.server import EmbeddedValkey
 pytest_plugins = ["rollout_fixtures"]
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Tables:
+    """Rows that tests want people to read; printed by title at the end of the run."""
+
+    def __init__(self) -> None:
+        self.rows: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
+
+    def add(self, title: str, **row: str) -> None:
+        self.rows[title].append(row)
+
+
+TABLES = Tables()
+
+
+@pytest.fixture
+def tables() -> Tables:
+    return TABLES
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for title, rows in TABLES.rows.items():
+        terminalreporter.section(title)
+        widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+        for row in [{name: name for name in widths}, *rows]:
+            terminalreporter.write_line("  ".join(row[name].ljust(width) for name, width in widths.items()))
 
 
 @pytest.fixture(scope="session")

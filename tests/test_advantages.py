@@ -161,9 +161,7 @@ def test_dr_grpo_is_grpo_without_the_division(multi: list[float], mono: dict[str
 
 
 @given(multi=multi_rewards, mono=any_mono_rewards)
-def test_hybrid_advantages_are_zero_exactly_when_the_pool_has_no_spread(
-    multi: list[float], mono: dict[str, list[float]]
-) -> None:
+def test_hybrid_advantages_are_zero_exactly_when_the_pool_has_no_spread(multi: list[float], mono: dict[str, list[float]]) -> None:
     pool = [*multi, *itertools.chain.from_iterable(mono.values())]
     spread = max(pool) - min(pool)
     assume(spread == 0 or spread > 1e-9)  # squares of still smaller ones vanish

@@ -25,6 +25,7 @@ from mars_shared.contracts import (
 from mars_shared.messages import build_messages
 from mars_shared.settings import Recipe, load_recipe
 from mars_trainer.batching import expand_placeholders, pixels
+from mars_trainer.credit import Credit, credit
 from mars_trainer.datasets import load_dataset
 from mars_trainer.learner import Learner
 from mars_trainer.tiny import SPECIAL_TOKENS, write_tiny
@@ -110,6 +111,31 @@ def make_scored(
     return ScoredGroup(group=group, scores=scores, recipe="paper", scoring_started_at=0, reward_s=0)
 
 
+def truncated(scored: ScoredGroup, *, index: int) -> ScoredGroup:
+    """The same group, its multi-source completion `index` cut off at the length limit."""
+    members = list(scored.group.completions)
+    members[index] = members[index].model_copy(update={"finish_reason": FinishReason.LENGTH})
+    return scored.model_copy(update={"group": scored.group.model_copy(update={"completions": tuple(members)})})
+
+
+def as_sampled(learner: Learner, scored: ScoredGroup) -> ScoredGroup:
+    """The same group with the log-probabilities that the learner's policy gives."""
+    (part,) = learner._minibatches([scored], [credit_of(learner, scored)])[0]
+    logprobs = learner._statistics(learner.model, part.batch).logprobs.tolist()
+    members = list(scored.group.completions)
+    for (_, index), row in zip(part.batch.rows, logprobs, strict=True):
+        members[index] = members[index].model_copy(update={"logprobs": tuple(row[: len(members[index].token_ids)])})
+    return scored.model_copy(update={"group": scored.group.model_copy(update={"completions": tuple(members)})})
+
+
+def credit_of(learner: Learner, scored: ScoredGroup) -> Credit:
+    return credit(scored, learner._recipe.train, learner._recipe.rollout.max_completion_length)
+
+
+def step(learner: Learner, groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    return learner.step(groups, [credit_of(learner, scored) for scored in groups])
+
+
 def rendered(policy, sample, only: str | None) -> RenderedView:  # type: ignore[no-untyped-def]
     from mars_shared.images import open_image
 
@@ -137,8 +163,8 @@ def member(prompt: Prompt, kind: Kind, source: str | None, index: int, ids: tupl
 
 def test_advantages_come_from_the_pool_of_both_kinds(place: Path) -> None:
     # pool (1, 0, 0, 0, 1, 1): mean 0.5, sum of squares 6 * 0.25 = 1.5, std sqrt(1.5 / 5) = 0.5477226
-    report = (learner := make_learner(place)).step([make_scored(learner, (1, 0, 0, 0), (1, 1))])
-    (advantages,) = report.advantages
+    learner = make_learner(place)
+    advantages = credit_of(learner, make_scored(learner, (1, 0, 0, 0), (1, 1))).advantages
     assert advantages.advantages_G == pytest.approx((0.9128692, -0.9128692, -0.9128692, -0.9128692), abs=2e-6)
     assert advantages.gain == pytest.approx(0.25 - 1.0)
 
@@ -146,9 +172,9 @@ def test_advantages_come_from_the_pool_of_both_kinds(place: Path) -> None:
 def test_a_step_makes_good_answers_likelier_and_bad_ones_less_likely(place: Path) -> None:
     learner = make_learner(place)
     group = make_scored(learner, (1, 0, 0, 0))
-    (part,) = learner._minibatches([group], (learner._advantages(group),))[0]
+    (part,) = learner._minibatches([group], [credit_of(learner, group)])[0]
     before = learner._statistics(learner.model, part.batch).logprobs.sum(dim=1).detach()
-    learner.step([group])
+    step(learner, [group])
     after = learner._statistics(learner.model, part.batch).logprobs.sum(dim=1).detach()
     assert after[0] > before[0]
     assert float((part.advantages_B * (after - before)).sum()) > 0
@@ -158,7 +184,7 @@ def test_what_mono_source_completions_say_never_enters_the_loss(place: Path) -> 
     hashes = set()
     for mono_answer in ((90, 2), (100, 110, 120, 2)):
         learner = make_learner(place)
-        learner.step([make_scored(learner, (1, 0, 0, 0), (1, 0), mono_answer=mono_answer)])
+        step(learner, [make_scored(learner, (1, 0, 0, 0), (1, 0), mono_answer=mono_answer)])
         hashes.add(learner.weights_hash())
     assert len(hashes) == 1
 
@@ -167,7 +193,7 @@ def test_their_rewards_do(place: Path) -> None:
     hashes = set()
     for mono_rewards in ((1, 1), (0, 0)):
         learner = make_learner(place)
-        learner.step([make_scored(learner, (1, 0, 0, 0), mono_rewards)])
+        step(learner, [make_scored(learner, (1, 0, 0, 0), mono_rewards)])
         hashes.add(learner.weights_hash())
     assert len(hashes) == 2
 
@@ -176,23 +202,48 @@ def test_completions_with_image_and_video_placeholders_train(place: Path) -> Non
     learner = make_learner(place)
     answers = ((IMAGE_PAD, 20, 2), (VIDEO_PAD, IMAGE_PAD, IMAGE_PAD, 2), (IMAGE_PAD,), (30, VIDEO_PAD, 2))
     before = learner.weights_hash()
-    report = learner.step([make_scored(learner, (1, 0, 0, 1), answers=answers)])
-    assert report.metrics["grad_norm"] > 0 and report.metrics["tokens"] == 3 + 4 + 1 + 3
+    metrics = step(learner, [make_scored(learner, (1, 0, 0, 1), answers=answers)])
+    assert metrics["grad_norm"] > 0 and metrics["tokens"] == 3 + 4 + 1 + 3
     assert learner.weights_hash() != before
 
 
 def test_a_batch_without_signal_leaves_fresh_weights_as_they_are(place: Path) -> None:
     learner = make_learner(place)
     before = learner.weights_hash()
-    learner.step([make_scored(learner, (1, 1, 1, 1), (1, 1))])
+    step(learner, [make_scored(learner, (1, 1, 1, 1), (1, 1))])
     assert learner.weights_hash() == before
+
+
+def test_a_masked_completion_changes_the_pool_and_nothing_else(place: Path) -> None:
+    """The second completion was cut off: what it says never enters the loss, its reward stays in the pool."""
+    hashes, tokens = set(), set()
+    for second in ((41, 42), (43, 44)):
+        learner = make_learner(place, mask_truncated_completions=True)
+        scored = make_scored(learner, (1, 0, 0, 0), answers=(ANSWERS[0], second, ANSWERS[2], ANSWERS[3]))
+        tokens.add(step(learner, [truncated(scored, index=1)])["tokens"])
+        hashes.add(learner.weights_hash())
+    assert len(hashes) == 1 and tokens == {3 + 4 + 2}
+
+
+def test_with_importance_correction_equal_probabilities_change_nothing_and_others_do(place: Path) -> None:
+    hashes = {}
+    for name, correction, exact in (
+        ("plain", "none", True),
+        ("equal", "token_truncate", True),
+        ("other", "token_truncate", False),
+    ):
+        learner = make_learner(place, importance_correction=correction)
+        scored = make_scored(learner, (1, 0, 0, 0))
+        step(learner, [as_sampled(learner, scored) if exact else scored])
+        hashes[name] = learner.weights_hash()
+    assert hashes["plain"] == hashes["equal"] != hashes["other"]
 
 
 def test_microbatches_change_a_step_by_rounding_alone(place: Path) -> None:
     weights = []
     for limit in (16384, 60):
         learner = make_learner(place, tokens_per_microbatch=limit)
-        learner.step([make_scored(learner, (1, 0, 0, 0)), make_scored(learner, (0, 1, 0, 1), index=1)])
+        step(learner, [make_scored(learner, (1, 0, 0, 0)), make_scored(learner, (0, 1, 0, 1), index=1)])
         weights.append(learner.model_tensors())
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-4, msg=name)
@@ -202,33 +253,33 @@ def test_going_on_from_a_checkpoint_equals_not_having_stopped_bit_by_bit(place: 
     straight, first = make_learner(place), make_learner(place)
     batches = [[make_scored(straight, (1, 0, 0, 0), index=i)] for i in range(3)]
     for batch in batches:
-        straight.step(batch)
-    first.step(batches[0])
-    first.step(batches[1])
+        step(straight, batch)
+    step(first, batches[0])
+    step(first, batches[1])
     resumed = make_learner(place)
     resumed.restore(first.model_tensors(), first.optimizer_tensors(), steps_done=2)
-    resumed.step(batches[2])
+    step(resumed, batches[2])
     assert resumed.weights_hash() == straight.weights_hash()
 
 
 def test_several_minibatches_clip_against_the_policy_before_the_step(place: Path) -> None:
     learner = make_learner(place, minibatch_prompts=1, learning_rate=0.05)
     groups = [make_scored(learner, (1, 0, 0, 0)), make_scored(learner, (1, 0, 0, 0))]
-    report = learner.step(groups)
-    assert report.metrics["clip_ratio/high"] + report.metrics["clip_ratio/low"] > 0
+    metrics = step(learner, groups)
+    assert metrics["clip_ratio/high"] + metrics["clip_ratio/low"] > 0
 
 
 def test_the_kl_to_the_reference_is_zero_at_first_and_grows(place: Path) -> None:
     learner = make_learner(place, beta=0.1)
     group = make_scored(learner, (1, 0, 0, 0))
-    assert learner.step([group]).metrics["kl"] == pytest.approx(0, abs=1e-9)
-    assert learner.step([group]).metrics["kl"] > 0
+    assert step(learner, [group])["kl"] == pytest.approx(0, abs=1e-9)
+    assert step(learner, [group])["kl"] > 0
 
 
 def test_the_learning_rate_warms_up_and_falls(place: Path) -> None:
     learner = make_learner(place, warmup_steps=2, lr_schedule="linear", learning_rate=1.0e-3, steps=4)
     group = make_scored(learner, (1, 1, 1, 1), (1, 1))
-    rates = [learner.step([group]).metrics["learning_rate"] for _ in range(4)]
+    rates = [step(learner, [group])["learning_rate"] for _ in range(4)]
     # warm-up factors 0.5, 1, 1, 1 times linear factors 1, 0.75, 0.5, 0.25
     assert rates == pytest.approx([0.5e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
@@ -243,7 +294,7 @@ def test_an_image_that_is_gone_is_named(place: Path) -> None:
     prompt = prompt.model_copy(update={"sources": (gone, *prompt.sources[1:])})
     broken = scored.model_copy(update={"group": scored.group.model_copy(update={"prompt": prompt})})
     with pytest.raises(BlobMissingError, match="f" * 64):
-        learner.step([broken])
+        step(learner, [broken])
 
 
 def test_recipes_in_the_project_load(root: Path, clean_environment: pytest.MonkeyPatch) -> None:

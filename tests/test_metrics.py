@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,16 @@ from rich.console import Console
 from builders import make_completion, make_group, make_prompt, make_score, make_scored, sampling, scored_with
 from mars_shared.contracts import FinishReason, Kind, Score, ScoredGroup
 from mars_shared.progress import EventTail, RunDisplay
+from mars_shared.settings import TrainSection
 from mars_shared.telemetry import EventLog, read_events
-from mars_trainer.algorithm.advantages import GroupAdvantages, mars_advantages
+from mars_trainer.credit import credit
 from mars_trainer.metrics import finite, rollout_metrics
 
-
-def advantages_of(groups: Sequence[ScoredGroup]) -> list[GroupAdvantages]:
-    return [
-        mars_advantages(
-            group.rewards(Kind.MULTI),
-            {source.name: group.rewards(Kind.MONO, source.name) for source in group.group.prompt.sources},
-        )
-        for group in groups
-    ]
+TRAIN = TrainSection(steps=1, prompts_per_step=1, learning_rate=1e-3)
 
 
 def metrics_of(*groups: ScoredGroup) -> dict[str, float]:
-    return rollout_metrics(groups, advantages_of(groups))
+    return rollout_metrics(groups, [credit(group, TRAIN, 8) for group in groups])
 
 
 def test_rewards_and_gains_by_hand() -> None:

@@ -54,6 +54,10 @@ class RunDisplay:
                 self.say(_evaluation_line(event))
             case "dead":
                 self.say(f"dead letter: {event.get('prompt_id', '')} {event['reason']}")
+            case "short":
+                self.say(f"step {event['step']} trains on {event['kept']} of {event['wanted']} groups: {_asked(event)}")
+            case "skipped":
+                self.say(f"step {event['step']} is skipped: {_asked(event)}")
             case "finished":
                 self.say(f"finished at step {event['step']}, weights {event['weights'][:16]}")
 
@@ -87,6 +91,10 @@ def _step_text(metrics: dict[str, float]) -> str:
     if "gain" in metrics:
         parts += [f"gain {metrics['gain']:+.3f}", f"conflict {metrics['conflict_rate']:.2f}"]
     return "  ".join([*parts, f"length {metrics['completions/mean_length']:.1f}"])
+
+
+def _asked(event: dict[str, Any]) -> str:
+    return f"{event['asked']} groups were asked for, the others had no signal"
 
 
 def _evaluation_line(event: dict[str, Any]) -> str:

@@ -120,16 +120,43 @@ class TrainSection(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
     adam_betas: tuple[Decay, Decay] = Field(default=(0.9, 0.99), description="of AdamW")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
-    advantage: Literal["mars", "grpo"] = Field(
+    advantage: Literal["mars", "grpo", "dr_grpo"] = Field(
         default="mars",
-        description="`mars`: normalised over multi- and mono-source rewards; `grpo`: over multi-source rewards alone",
+        description="`mars`: normalised over multi- and mono-source rewards; `grpo`: over multi-source rewards alone; "
+        "`dr_grpo`: as grpo, never divided by the std",
     )
-    scale_rewards: bool = Field(default=True, description="divide advantages by the pool's std")
+    scale_rewards: bool = Field(default=True, description="divide advantages by the pool's std (mars, grpo)")
     epsilon: float = Field(default=0.2, ge=0, lt=1, description="lower clip")
     epsilon_high: float = Field(default=0.2, ge=0, description="upper clip")
     beta: float = Field(default=0.0, ge=0, description="weight of the k3 KL to the reference policy")
-    loss_type: Literal["grpo", "dapo"] = Field(
-        default="dapo", description="dapo: mean over the batch's tokens; grpo: mean over each completion's, then over completions"
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="c: where the advantage is negative the surrogate is at least c times it; None: no bound"
+    )
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = Field(
+        default="dapo",
+        description="dapo: mean over the batch's tokens; grpo: mean over each completion's, then over completions; "
+        "dr_grpo: sum over tokens / (completions * max_completion_length)",
+    )
+    importance_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        default="none",
+        description="weigh by trainer's over sampler's probability, a token's or a whole completion's; "
+        "a ratio above `importance_cap` is cut to it (truncate) or its tokens are left out (mask)",
+    )
+    importance_cap: float = Field(default=2.0, gt=1, description="bound of the importance ratio")
+    dynamic_sampling: Literal["none", "pool", "multi"] = Field(
+        default="none",
+        description="replace groups without signal by the next prompts' groups: `pool`: all rewards that the advantages "
+        "are normalised over are equal; `multi`: the multi-source rewards are",
+    )
+    max_generation_batches: int = Field(
+        default=10, ge=1, description="with dynamic sampling: times that a step asks for groups; then it trains on what there is"
+    )
+    overlong_buffer: int | None = Field(
+        default=None, ge=1, description="tokens before max_completion_length over which a punishment grows; None: none"
+    )
+    overlong_penalty: float = Field(default=1.0, ge=0, description="taken from the reward at max_completion_length")
+    mask_truncated_completions: bool = Field(
+        default=False, description="leave completions that hit the length limit out of the loss"
     )
     max_staleness: int = Field(default=0, ge=0, le=0, description="0: every group is made by the policy it trains")
     tokens_per_microbatch: int = Field(default=16384, ge=1, description="padded tokens of one forward pass")
@@ -165,6 +192,19 @@ class Recipe(BaseSettings):
             raise ValueError(
                 f"rollout.max_completion_length is {self.rollout.max_completion_length}; "
                 f"expected less than model.max_model_len = {self.model.max_model_len}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _algorithm_is_consistent(self) -> Self:
+        train, longest = self.train, self.rollout.max_completion_length
+        if train.dual_clip is not None and train.dual_clip <= 1 + train.epsilon_high:
+            raise ValueError(
+                f"train.dual_clip is {train.dual_clip}; expected more than 1 + train.epsilon_high = {1 + train.epsilon_high}"
+            )
+        if train.overlong_buffer is not None and train.overlong_buffer > longest:
+            raise ValueError(
+                f"train.overlong_buffer is {train.overlong_buffer}; expected at most rollout.max_completion_length = {longest}"
             )
         return self
 

@@ -42,6 +42,7 @@ class Ledger(Message):
     version: PolicyVersion
     next_dispatch_index: int = Field(ge=0)
     consumed: tuple[tuple[int, ...], ...] = Field(description="dispatch indices trained on, step by step, in order")
+    filtered: tuple[int, ...] = Field(default=(), description="dispatch indices whose groups had no signal")
     dead: tuple[int, ...] = Field(default=(), description="dispatch indices that were dead-lettered")
 
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,20 +18,12 @@ from mars_shared.contracts import Completion, Kind, ScoredGroup
 from mars_shared.errors import CheckpointError, DivergedError
 from mars_shared.images import open_image
 from mars_shared.settings import Recipe
-from mars_trainer.algorithm.advantages import GroupAdvantages, dr_grpo_advantages, grpo_advantages, mars_advantages
-from mars_trainer.algorithm.losses import loss_weights, policy_loss
+from mars_trainer.algorithm.losses import importance_weights, loss_weights, policy_loss
 from mars_trainer.batching import EncodedGroup, EncodedPrompt, Microbatch, make_microbatches, pixels
+from mars_trainer.credit import Credit
 from mars_trainer.model import TokenStatistics, completion_statistics, load_policy
 
 RNG = "rng"
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Advantages by group, in the groups' order, and the step's numbers by metric name."""
-
-    advantages: tuple[GroupAdvantages, ...]
-    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -40,6 +32,8 @@ class _Part:
 
     batch: Microbatch
     advantages_B: Tensor
+    mask_BT: Tensor
+    """Completion tokens that enter the loss."""
     sampler_logprobs_BT: Tensor
     old_logprobs_BT: Tensor | None
     ref_logprobs_BT: Tensor | None
@@ -72,26 +66,25 @@ class Learner:
         )
         self._steps_done = 0
 
-    def step(self, groups: Sequence[ScoredGroup]) -> StepReport:
-        """Train on a batch of groups; mono-source completions enter the advantages and nothing else."""
-        advantages = tuple(self._advantages(scored) for scored in groups)
+    def step(self, groups: Sequence[ScoredGroup], credits: Sequence[Credit]) -> dict[str, float]:
+        """Train on a batch of groups; mono-source completions are in the credits and nowhere else.
+
+        Returns:
+            the step's numbers by metric name
+        """
         learning_rate = self._set_learning_rate()
         totals: defaultdict[str, float] = defaultdict(float)
-        minibatches = self._minibatches(groups, advantages)
+        minibatches = self._minibatches(groups, credits)
         if len(minibatches) > 1:
             minibatches = [[self._with_old_logprobs(part) for part in parts] for parts in minibatches]
         for parts in minibatches:
             self._update(parts, totals)
         self._steps_done += 1
-        return StepReport(advantages, _metrics(totals, updates=len(minibatches), learning_rate=learning_rate))
+        return _metrics(totals, updates=len(minibatches), learning_rate=learning_rate)
 
-    def _advantages(self, scored: ScoredGroup) -> GroupAdvantages:
-        multi = scored.rewards(Kind.MULTI)
-        mono = {source.name: scored.rewards(Kind.MONO, source.name) for source in scored.group.prompt.sources}
-        if self._train.advantage == "dr_grpo":
-            return dr_grpo_advantages(multi, mono)
-        normalise = mars_advantages if self._train.advantage == "mars" else grpo_advantages
-        return normalise(multi, mono, scale_rewards=self._train.scale_rewards)
+    def skip(self) -> None:
+        """A step without groups: only the learning rate's schedule goes on."""
+        self._steps_done += 1
 
     def _set_learning_rate(self) -> float:
         train, done = self._train, self._steps_done
@@ -102,21 +95,23 @@ class Learner:
             group["lr"] = train.learning_rate * factor
         return train.learning_rate * factor
 
-    def _minibatches(self, groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages]) -> list[list[_Part]]:
+    def _minibatches(self, groups: Sequence[ScoredGroup], credits: Sequence[Credit]) -> list[list[_Part]]:
         size = self._train.minibatch_prompts or max(len(groups), 1)
         return [
-            list(self._parts(groups[start : start + size], advantages[start : start + size]))
+            list(self._parts(groups[start : start + size], credits[start : start + size]))
             for start in range(0, len(groups), size)
         ]
 
-    def _parts(self, groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages]) -> Any:
+    def _parts(self, groups: Sequence[ScoredGroup], credits: Sequence[Credit]) -> Any:
         completions = [[c for c in scored.group.completions if c.kind is Kind.MULTI] for scored in groups]
         encoded = [self._encode(scored, members) for scored, members in zip(groups, completions, strict=True)]
         for batch in make_microbatches(encoded, self._policy.layout, self._train.tokens_per_microbatch):
             batch = batch.to(self._device)
             yield _Part(
                 batch=batch,
-                advantages_B=torch.tensor([advantages[g].advantages_G[i] for g, i in batch.rows], device=self._device),
+                advantages_B=torch.tensor([credits[g].advantages.advantages_G[i] for g, i in batch.rows], device=self._device),
+                mask_BT=batch.completion_mask
+                * torch.tensor([[credits[g].trained_G[i]] for g, i in batch.rows], device=self._device),
                 sampler_logprobs_BT=_padded([completions[g][i].logprobs for g, i in batch.rows], batch.completion_mask),
                 old_logprobs_BT=None,
                 ref_logprobs_BT=self._frozen_logprobs(self._reference, batch) if self._reference else None,
@@ -144,7 +139,7 @@ class Learner:
 
     def _with_old_logprobs(self, part: _Part) -> _Part:
         old = self._frozen_logprobs(self.model, part.batch)
-        return _Part(part.batch, part.advantages_B, part.sampler_logprobs_BT, old, part.ref_logprobs_BT)
+        return replace(part, old_logprobs_BT=old)
 
     def _statistics(self, model: Any, batch: Microbatch) -> TokenStatistics:
         bf16 = self._device.type == "cuda" and self._recipe.model.dtype == "bfloat16"
@@ -153,12 +148,18 @@ class Learner:
 
     def _update(self, parts: Sequence[_Part], totals: dict[str, float]) -> None:
         self._optimizer.zero_grad(set_to_none=False)
-        batch_tokens = sum(int(part.batch.completion_mask.sum()) for part in parts)
+        batch_tokens = sum(int(part.mask_BT.sum()) for part in parts)
         batch_completions = sum(len(part.batch.rows) for part in parts)
         for part in parts:
             statistics = self._statistics(self.model, part.batch)
-            mask = part.batch.completion_mask.float()
-            weights = loss_weights(mask, self._train.loss_type, batch_completions=batch_completions, batch_tokens=batch_tokens)
+            mask = part.mask_BT.float()
+            weights = loss_weights(
+                mask,
+                self._train.loss_type,
+                batch_completions=batch_completions,
+                batch_tokens=batch_tokens,
+                max_completion_length=self._recipe.rollout.max_completion_length,
+            )
             old = statistics.logprobs.detach() if part.old_logprobs_BT is None else part.old_logprobs_BT
             result = policy_loss(
                 statistics.logprobs,
@@ -168,6 +169,10 @@ class Learner:
                 weights,
                 epsilon=self._train.epsilon,
                 epsilon_high=self._train.epsilon_high,
+                dual_clip=self._train.dual_clip,
+                importance_BT=importance_weights(
+                    old, part.sampler_logprobs_BT, mask, self._train.importance_correction, cap=self._train.importance_cap
+                ),
                 ref_logprobs_BT=part.ref_logprobs_BT,
                 beta=self._train.beta,
             )
@@ -179,7 +184,8 @@ class Learner:
                 "kl": result.kl_sum,
                 "clip_low": result.clipped_low_sum,
                 "clip_high": result.clipped_high_sum,
-                "entropy": statistics.entropy.sum(),
+                "clip_dual": result.clipped_dual_sum,
+                "entropy": (statistics.entropy * mask).sum(),
                 "sampler_difference": difference.sum(),
                 "tokens": mask.sum(),
             }.items():
@@ -254,6 +260,7 @@ def _metrics(totals: dict[str, float], *, updates: int, learning_rate: float) ->
         "entropy": totals["entropy"] / tokens,
         "clip_ratio/low": totals["clip_low"] / tokens,
         "clip_ratio/high": totals["clip_high"] / tokens,
+        "clip_ratio/dual": totals["clip_dual"] / tokens,
         "grad_norm": totals["grad_norm"] / max(updates, 1),
         "learning_rate": learning_rate,
         "sampler/logprob_difference_mean": totals["sampler_difference"] / tokens,

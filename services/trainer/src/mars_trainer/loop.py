@@ -18,7 +18,9 @@ from mars_shared.errors import InputError
 from mars_shared.queue import DeadLetter
 from mars_shared.settings import Recipe
 from mars_shared.telemetry import EventLog, read_events
+from mars_trainer.batch import Batch
 from mars_trainer.checkpoint import Checkpoint, CheckpointStore, Ledger
+from mars_trainer.credit import credit
 from mars_trainer.datasets.base import Dataset
 from mars_trainer.dispatch import PromptMaker, place_of
 from mars_trainer.evaluate import evaluate
@@ -100,25 +102,20 @@ class TrainingRun:
     async def _step(self) -> None:
         began = time.time()
         self.progress.state = "collecting"
-        self._replaced = 0
-        answers = await self.training.gather(self._next_prompts(), replace=self._replacement)
-        if not answers:
-            raise InputError(
-                f"step {self.version.step + 1}: every prompt died, {self._replaced} replacements too; see the events"
-            )
-        groups = [answer.scored for answer in answers]
+        batch = await self._collect()
         self.progress.state = "training"
         trained_from = time.time()
-        report = await asyncio.to_thread(self.learner.step, groups)
+        learned = await asyncio.to_thread(self._learn, batch)
         trained_to = time.time()
-        self._advance(answers)
+        self._advance(batch)
         await asyncio.to_thread(self._publish)
         pushed = time.time()
-        metrics = finite(rollout_metrics(groups, report.advantages) | report.metrics)
+        self._say_what_is_missing(batch)
+        metrics = finite(rollout_metrics(batch.scored, batch.credits) | batch.metrics | learned)
         window = (began, pushed)
-        seconds = stage_seconds(window, _intervals(answers, (trained_from, trained_to), (trained_to, pushed)))
-        self._report(metrics, seconds, window, answers)
-        self.samples.step(self.version.step, groups, report.advantages)
+        seconds = stage_seconds(window, _intervals(batch.answers, (trained_from, trained_to), (trained_to, pushed)))
+        self._report(metrics, seconds, window, batch.answers)
+        self.samples.step(self.version.step, batch.scored, [credit.advantages for credit in batch.credits])
         last = self.version.step == self.recipe.train.steps
         if last or self.version.step % self.recipe.train.checkpoint_every == 0:
             await asyncio.to_thread(self._checkpoint)
@@ -127,8 +124,36 @@ class TrainingRun:
         if not last and self.recipe.eval.every and self.version.step % self.recipe.eval.every == 0:
             await self._evaluate()
 
-    def _next_prompts(self) -> list[Prompt]:
-        return [self._next_prompt() for _ in range(self.recipe.train.prompts_per_step)]
+    async def _collect(self) -> Batch:
+        """Ask for a step's groups; with dynamic sampling, for others in place of those without signal, within bounds."""
+        train, batch = self.recipe.train, Batch(wanted=self.recipe.train.prompts_per_step)
+        self._replaced = 0
+        for _ in range(1 if train.dynamic_sampling == "none" else train.max_generation_batches):
+            prompts = [self._next_prompt() for _ in range(batch.missing)]
+            answers = await self.training.gather(prompts, replace=self._replacement)
+            batch.add(answers, [credit(answer.scored, train, self.recipe.rollout.max_completion_length) for answer in answers])
+            if train.dynamic_sampling == "none" or not batch.missing:
+                break
+        if not batch.answers:
+            raise InputError(
+                f"step {self.version.step + 1}: every prompt died, {self._replaced} replacements too; see the events"
+            )
+        return batch
+
+    def _learn(self, batch: Batch) -> dict[str, float]:
+        kept = batch.all if self.recipe.train.dynamic_sampling == "none" else batch.with_signal
+        if not kept:
+            self.learner.skip()
+            return {}
+        return self.learner.step([scored for scored, _ in kept], [credit for _, credit in kept])
+
+    def _say_what_is_missing(self, batch: Batch) -> None:
+        if self.recipe.train.dynamic_sampling == "none" or not batch.missing:
+            return
+        kept, wanted = len(batch.with_signal), batch.wanted
+        self.events.write(
+            "short" if kept else "skipped", step=self.version.step, kept=kept, wanted=wanted, asked=len(batch.answers)
+        )
 
     def _next_prompt(self) -> Prompt:
         index = self.progress.next_dispatch_index
@@ -147,17 +172,19 @@ class TrainingRun:
         self._replaced += 1
         return self._next_prompt()
 
-    def _advance(self, answers: Sequence[Answer]) -> None:
-        consumed = tuple(answer.scored.group.prompt.dispatch_index for answer in answers)
+    def _advance(self, batch: Batch) -> None:
+        filtered = set() if self.recipe.train.dynamic_sampling == "none" else batch.without_signal
+        indices = [scored.group.prompt.dispatch_index for scored in batch.scored]
         self.ledger = self.ledger.model_copy(
             update={
                 "version": PolicyVersion(incarnation=self.version.incarnation, step=self.version.step + 1),
                 "next_dispatch_index": self.progress.next_dispatch_index,
-                "consumed": (*self.ledger.consumed, consumed),
+                "consumed": (*self.ledger.consumed, tuple(index for index in indices if index not in filtered)),
+                "filtered": (*self.ledger.filtered, *sorted(filtered)),
                 "dead": tuple(self.progress.dead),
             }
         )
-        self._unacknowledged.extend(answers)
+        self._unacknowledged.extend(batch.answers)
         self.progress.version = self.version
 
     def _publish(self) -> WeightManifest:

@@ -8,17 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mars_shared.contracts import FinishReason, Kind, ScoredGroup
 from mars_trainer.algorithm.advantages import GroupAdvantages
+from mars_trainer.credit import Credit
 
 
-def rollout_metrics(groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[ScoredGroup], credits: Sequence[Credit]) -> dict[str, float]:
     """Rewards, gains and lengths of a step's groups; a metric with nothing to average is left out."""
     if not groups:
         return {}
+    advantages = [credit.advantages for credit in credits]
     multi_rewards = [reward for scored in groups for reward in scored.rewards(Kind.MULTI)]
     metrics = {
         "reward": _mean(multi_rewards),
         "reward_std": _mean(item.pool_std for item in advantages),
-        "no_signal_rate": _mean(item.pool_std == 0 for item in advantages),
+        "no_signal_rate": _mean(not credit.signal for credit in credits),
+        "overlong_punishment": _mean(value for credit in credits for value in credit.overlong_G),
     }
     for name in sorted({key for scored in groups for score in scored.scores for key in score.parts}):
         metrics[f"reward/{name}"] = _mean(

@@ -1,0 +1,181 @@
+"""Groups without signal are replaced, within bounds; a step that stays short says so and never ends the run.
+
+The exchange, the learner and the publisher are doubles: what is tested is the loop between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from builders import make_group, make_score, make_scored
+from mars_shared.blobs import BlobStore
+from mars_shared.contracts import PolicyVersion, Prompt, ScoredGroup
+from mars_shared.queue import Claim
+from mars_shared.settings import load_recipe
+from mars_shared.telemetry import EventLog, read_events
+from mars_trainer.checkpoint import Checkpoint, Ledger
+from mars_trainer.credit import Credit
+from mars_trainer.datasets import load_dataset
+from mars_trainer.dispatch import PromptMaker
+from mars_trainer.exchange import Answer
+from mars_trainer.loop import Progress, TrainingRun
+from mars_trainer.samples import SampleLog
+
+RECIPE = """
+[run]
+name = "test"
+dir = "{dir}"
+[model]
+path = "{dir}/model"
+max_model_len = 256
+[data]
+dataset = "digits"
+[rollout]
+num_generations = 2
+max_completion_length = 8
+[train]
+steps = 3
+prompts_per_step = 3
+learning_rate = 1e-3
+checkpoint_every = 1
+dynamic_sampling = "pool"
+max_generation_batches = 3
+"""
+
+
+class Replies:
+    """Answers every prompt; rewards differ for the dispatch indices in `telling` alone."""
+
+    def __init__(self, telling: Iterable[int]) -> None:
+        self.telling = set(telling)
+        self.asked: list[list[int]] = []
+        self.acknowledged: list[int] = []
+
+    async def gather(self, prompts: Iterable[Prompt], *, replace: Any = None) -> list[Answer]:
+        prompts = list(prompts)
+        self.asked.append([prompt.dispatch_index for prompt in prompts])
+        return [Answer(Claim("s", str(prompt.dispatch_index), "c", 1, b""), self._scored(prompt)) for prompt in prompts]
+
+    async def acknowledge(self, answers: Iterable[Answer]) -> None:
+        self.acknowledged += [answer.scored.group.prompt.dispatch_index for answer in answers]
+
+    def _scored(self, prompt: Prompt) -> ScoredGroup:
+        rewards = (1.0, 0.0, 0.0, 0.0) if prompt.dispatch_index in self.telling else (1.0,) * 4
+        return make_scored(make_group(prompt), [make_score(reward) for reward in rewards])
+
+
+class Pupil:
+    """Notes which dispatch indices it is taught, step by step."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[int]] = []
+        self.model = None
+
+    def step(self, groups: Sequence[ScoredGroup], credits: Sequence[Credit]) -> dict[str, float]:
+        self.steps.append([scored.group.prompt.dispatch_index for scored in groups])
+        return {}
+
+    def skip(self) -> None:
+        self.steps.append([])
+
+    def model_tensors(self) -> dict[str, Any]:
+        return {}
+
+    optimizer_tensors = model_tensors
+
+
+class Shelf:
+    """Keeps checkpoints and published versions in memory."""
+
+    def __init__(self) -> None:
+        self.checkpoints: list[Checkpoint] = []
+        self.versions: list[PolicyVersion] = []
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        self.checkpoints.append(checkpoint)
+
+    def publish(self, model: object, version: PolicyVersion) -> None:
+        self.versions.append(version)
+
+
+def make_run(folder: Path, replies: Replies, pupil: Pupil, shelf: Shelf, **train: Any) -> TrainingRun:
+    (folder / "recipe.toml").write_text(RECIPE.format(dir=folder))
+    recipe = load_recipe(folder / "recipe.toml")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+    version = PolicyVersion(incarnation=1, step=0)
+    return TrainingRun(
+        recipe=recipe,
+        dataset=load_dataset("digits"),
+        learner=cast(Any, pupil),
+        prompts=PromptMaker(recipe, BlobStore(folder / "blobs")),
+        training=cast(Any, replies),
+        evaluation=cast(Any, SimpleNamespace()),
+        publisher=cast(Any, shelf),
+        checkpoints=cast(Any, shelf),
+        events=EventLog(folder / "events.jsonl"),
+        samples=SampleLog(folder / "groups.jsonl"),
+        ledger=Ledger(run="test", model="m", version=version, next_dispatch_index=0, consumed=()),
+        progress=Progress(run="test", steps=3, version=version),
+    )
+
+
+async def test_groups_without_signal_are_replaced_by_the_next_prompts(tmp_path: Path) -> None:
+    replies, pupil, shelf = Replies(telling={0, 2, 4, 5, 6, 7}), Pupil(), Shelf()
+    run = make_run(tmp_path, replies, pupil, shelf)
+    await run._step()
+    # 0 and 2 tell something; 3 is asked in place of 1 and tells nothing; 4 in place of 3 does.
+    assert replies.asked == [[0, 1, 2], [3], [4]]
+    assert pupil.steps == [[0, 2, 4]]
+    await run._step()
+    assert replies.asked[3:] == [[5, 6, 7]] and pupil.steps[1] == [5, 6, 7]
+    assert run.ledger.consumed == ((0, 2, 4), (5, 6, 7)) and run.ledger.filtered == (1, 3)
+    # Nothing of a step stays in the stream, whether it was trained on or not.
+    assert replies.acknowledged == [0, 1, 2, 3, 4, 5, 6, 7]
+    steps = read_events(tmp_path / "events.jsonl", "step")
+    assert [(s["metrics"]["groups"], s["metrics"]["generation_batches"]) for s in steps] == [(5, 3), (3, 1)]
+    assert read_events(tmp_path / "events.jsonl", "short") == []
+
+
+async def test_after_the_last_attempt_the_step_trains_on_what_there_is_and_says_so(tmp_path: Path) -> None:
+    replies, pupil, shelf = Replies(telling={1, 5}), Pupil(), Shelf()
+    run = make_run(tmp_path, replies, pupil, shelf)
+    await run._step()
+    assert replies.asked == [[0, 1, 2], [3, 4], [5, 6]]
+    assert pupil.steps == [[1, 5]]
+    (event,) = read_events(tmp_path / "events.jsonl", "short")
+    assert {key: event[key] for key in ("step", "kept", "wanted", "asked")} == {"step": 1, "kept": 2, "wanted": 3, "asked": 7}
+
+
+async def test_an_empty_step_is_skipped_and_said_and_the_run_goes_on(tmp_path: Path) -> None:
+    replies, pupil, shelf = Replies(telling=set(range(9, 99))), Pupil(), Shelf()
+    run = make_run(tmp_path, replies, pupil, shelf)
+    await run._step()
+    assert replies.asked == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] and pupil.steps == [[]]
+    (event,) = read_events(tmp_path / "events.jsonl", "skipped")
+    assert (event["step"], event["kept"], event["asked"]) == (1, 0, 9)
+    await run._step()
+    assert pupil.steps == [[], [9, 10, 11]]
+    assert [str(version) for version in shelf.versions] == ["1.1", "1.2"]
+    assert run.ledger.consumed == ((), (9, 10, 11)) and run.ledger.filtered == tuple(range(9))
+
+
+async def test_the_reward_metric_is_of_all_groups_filtered_ones_included(tmp_path: Path) -> None:
+    run = make_run(tmp_path, Replies(telling={0, 1, 3}), Pupil(), Shelf())
+    await run._step()
+    # Multi-source rewards: (1, 0) of groups 0, 1 and 3, (1, 1) of group 2: 5 of 8.
+    (step,) = read_events(tmp_path / "events.jsonl", "step")
+    assert step["metrics"]["reward"] == pytest.approx(5 / 8)
+    assert step["metrics"]["no_signal_rate"] == pytest.approx(1 / 4)
+
+
+async def test_without_dynamic_sampling_every_group_is_trained_on(tmp_path: Path) -> None:
+    replies, pupil, shelf = Replies(telling={0}), Pupil(), Shelf()
+    run = make_run(tmp_path, replies, pupil, shelf, dynamic_sampling="none")
+    await run._step()
+    assert replies.asked == [[0, 1, 2]] and pupil.steps == [[0, 1, 2]]
+    assert run.ledger.consumed == ((0, 1, 2),) and run.ledger.filtered == ()
