@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from mars_shared.contracts import BoxesTruth, TextTruth
 from mars_shared.settings import DatasetName
 from mars_trainer.datasets import DigitsDataset, SceneDataset, Split, load_dataset
 from mars_trainer.datasets.base import PAIR, Dataset, SampleKind
+from mars_trainer.datasets.figures import place_persons, sensor_pattern
 
 BOTH = pytest.mark.parametrize("name", list(DatasetName))
 
@@ -110,8 +112,35 @@ def test_scene_boxes_lie_in_the_image_apart_and_from_left_to_right() -> None:
         assert isinstance(truth, BoxesTruth) and (truth.width_px, truth.height_px) == (112, 112)
         assert all(0 <= x1 < x2 <= 112 and 0 <= y1 < y2 <= 112 for x1, y1, x2, y2 in truth.boxes)
         assert list(truth.boxes) == sorted(truth.boxes)
+        assert all(value % 28 == 0 for box in truth.boxes for value in box)
+        assert not any(_overlap(a, b) for a, b in itertools.combinations(truth.boxes, 2))
         counts[len(truth.boxes)] += 1
     assert set(counts) == {1, 2, 3} and counts[1] > counts[2] > counts[3]
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def test_a_person_fills_its_box() -> None:
+    for seed in range(20):
+        (person,) = place_persons(112, 1, np.random.default_rng(seed))
+        mask = person.head | person.torso | person.legs
+        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        around = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+        assert np.abs(around - person.box).max() <= 1
+        assert not (person.head & person.torso).any() and not (person.torso & person.legs).any()
+
+
+def test_the_pattern_tells_where_a_patch_is() -> None:
+    """Contrast of rows grows with x, of columns with y: both can be read off any patch of 14 px."""
+    pattern = sensor_pattern(112)
+    for x in range(0, 112, 14):
+        for y in range(0, 112, 14):
+            patch = pattern[y : y + 14, x : x + 14]
+            along_rows, along_columns = np.abs(np.diff(patch.mean(axis=1))).mean(), np.abs(np.diff(patch.mean(axis=0))).mean()
+            assert along_rows == pytest.approx((x + 6.5) / 111, abs=1e-9)
+            assert along_columns == pytest.approx((y + 6.5) / 111, abs=1e-9)
 
 
 def test_a_good_infrared_source_is_warm_inside_the_box_of_a_person() -> None:

@@ -90,6 +90,12 @@ def sft(context: typer.Context) -> None:
     _module("mars_trainer.sft", *context.args)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def score(context: typer.Context) -> None:
+    """Score completions offline: mars score --recipe paper|released [--released-eval] ROWS.jsonl (JSON lines to stdout)."""
+    _module("mars_reward.offline", *context.args)
+
+
 @app.command(name="eval")
 def evaluate(
     recipe_path: RecipePath,

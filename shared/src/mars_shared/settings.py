@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Collection
 from difflib import get_close_matches
 from enum import StrEnum
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -106,8 +107,29 @@ class RolloutSection(Section):
         )
 
 
+BUILT_IN_REWARDS = ("paper", "released")
+REWARD_ENTRY_POINTS = "mars.rewards"
+
+
 class RewardSection(Section):
-    recipe: Literal["paper"] = Field(default="paper", description="names the reward functions")
+    recipe: str = Field(
+        default="paper",
+        description="`paper`: of the paper's text; `released`: equal to its released code; or a function of your own: "
+        "`FILE:FUNCTION` or the name of an entry point of the group mars.rewards, behind `trl:` if it has TRL's signature",
+    )
+    time_limit_s: float = Field(
+        default=10.0, gt=0, description="CPU seconds that a custom reward may take for one completion, which gets 0 then"
+    )
+
+    @field_validator("recipe")
+    @classmethod
+    def _is_known(cls, recipe: str) -> str:
+        name = recipe.removeprefix("trl:")
+        points = entry_points(group=REWARD_ENTRY_POINTS).names
+        if recipe in BUILT_IN_REWARDS or ":" in name or name in points:
+            return recipe
+        known = ", ".join([*BUILT_IN_REWARDS, *sorted(points)])
+        raise ValueError(f"expected one of {known}, or FILE.py:FUNCTION")
 
 
 class TrainSection(Section):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mars_reward.app import build_app
+from mars_reward.registry import offered
 from mars_reward.worker import RewardWorker
 from mars_shared.errors import MarsError
 from mars_shared.http import HttpServer, bind
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     configure_logging("reward")
     try:
-        asyncio.run(serve(load_recipe(options.recipe), load_deployment(), options.port))
+        recipe, deployment = load_recipe(options.recipe), load_deployment()
+        with offered(recipe.reward.recipe, time_limit_s=recipe.reward.time_limit_s):
+            asyncio.run(serve(recipe, deployment, options.port))
     except MarsError as error:
         sys.stderr.write(f"mars_reward: {error}\n")
         return error.exit_code

@@ -13,3 +13,5 @@ SECONDS = Histogram(
 
 GROUPS = Counter("mars_reward_groups", "Groups taken from the queue, by what became of them", ["outcome"])
 """`outcome` is "scored", "dead_letter", "retry" or "lease_lost"."""
+
+TIME_OUTS = Counter("mars_reward_time_outs", "Completions that a custom reward took too long for; they got 0")

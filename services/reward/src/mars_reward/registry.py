@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from mars_reward.rewards.grounding import score_grounding
+from mars_reward.custom import CustomReward
+from mars_reward.parts import Parts, Scorer
+from mars_reward.rewards.grounding import NO_FRAME, score_grounding
+from mars_reward.rewards.released import released_grounding, released_vqa
 from mars_reward.rewards.vqa import score_vqa
 from mars_shared.contracts import BoxesTruth, Score, ScoreItem, TextTruth
 from mars_shared.errors import ConfigError, InputError
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a scorer found: named parts that sum to the reward."""
-
-    parts: Mapping[str, float]
-    parsed: bool
-
-
-Scorer = Callable[[ScoreItem], Parts]
 
 
 def _paper_boxes(item: ScoreItem) -> Parts:
@@ -35,8 +27,47 @@ def _paper_text(item: ScoreItem) -> Parts:
     return Parts({"format": score.format, "accuracy": score.accuracy}, score.parsed)
 
 
-RECIPES: Mapping[str, Mapping[str, Scorer]] = {"paper": {"boxes": _paper_boxes, "text": _paper_text}}
+def _released_boxes(item: ScoreItem) -> Parts:
+    truth, frame = item.truth, item.frame
+    assert isinstance(truth, BoxesTruth)
+    if frame is None:
+        raise InputError(NO_FRAME)
+    score = released_grounding(item.completion, truth.boxes, scale=(truth.width_px / frame.width, truth.height_px / frame.height))
+    return Parts({"format": score.format, "iou": score.iou}, score.parsed)
+
+
+def _released_text(item: ScoreItem) -> Parts:
+    assert isinstance(item.truth, TextTruth)
+    score = released_vqa(item.completion, item.truth.text)
+    return Parts({"format": score.format, "accuracy": score.accuracy}, score.parsed)
+
+
+RECIPES: dict[str, Mapping[str, Scorer]] = {
+    "paper": {"boxes": _paper_boxes, "text": _paper_text},
+    "released": {"boxes": _released_boxes, "text": _released_text},
+}
 """Scorers by recipe, then by the truth's kind; another recipe is another row."""
+
+
+@contextmanager
+def offered(recipe: str, *, time_limit_s: float) -> Iterator[None]:
+    """Add a custom reward to RECIPES for as long as the body runs; does nothing for one that is there.
+
+    Only who starts the service can add one: a request names what is offered and nothing else.
+
+    Raises:
+        ConfigError: there is no such function, or its module fails.
+    """
+    if recipe in RECIPES:
+        yield
+        return
+    reward = CustomReward(recipe, time_limit_s).start()
+    RECIPES[recipe] = {"boxes": reward, "text": reward}
+    try:
+        yield
+    finally:
+        del RECIPES[recipe]
+        reward.stop()
 
 
 def check_recipe(recipe: str) -> str:

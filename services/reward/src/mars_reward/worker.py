@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from mars_reward.metrics import GROUPS, ITEMS, SECONDS
 from mars_reward.registry import check_recipe, score
-from mars_shared.contracts import Completion, RolloutGroup, ScoredGroup, ScoreItem
+from mars_shared.contracts import Completion, Purpose, RolloutGroup, ScoredGroup, ScoreItem
 from mars_shared.errors import InputError, LeaseLostError, QueueError
 from mars_shared.http import explain_validation
 from mars_shared.patience import FIRST_PAUSE_S, longer
@@ -23,6 +23,8 @@ MAX_ERRORS = 3
 """Unexpected errors after which a group is given up."""
 MAX_DEATHS = 10
 """Attempts that ended without a word (a killed worker, a lost lease) after which a group is given up."""
+EVALUATION_RECIPE = "paper"
+"""Evaluations average plain IoU and accuracy, whatever reward a run trains with."""
 LOOK_S = 0.5
 """Longest wait for a new entry, and so for noticing a stop."""
 
@@ -35,12 +37,17 @@ def score_group(group: RolloutGroup, recipe: str) -> ScoredGroup:
         InputError: no ground truth, or a completion that cannot be scored; the message names it.
     """
     started_at, start_s = time.time(), time.perf_counter()
-    truth = group.prompt.truth
+    truth, recipe = group.prompt.truth, EVALUATION_RECIPE if group.prompt.purpose is Purpose.EVAL else recipe
     if truth is None:
         raise InputError(f"group {group.group_id}: prompt {group.prompt.prompt_id!r} has no truth; expected boxes or a text")
     scores = tuple(
         score(
-            ScoreItem(completion=completion.text, truth=truth, frame=group.view_of(completion.source).frame),
+            ScoreItem(
+                completion=completion.text,
+                truth=truth,
+                frame=group.view_of(completion.source).frame,
+                question=group.prompt.question,
+            ),
             recipe,
             what=name_of(completion),
         )

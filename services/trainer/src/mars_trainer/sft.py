@@ -58,12 +58,12 @@ class SftConfig:
     seed: int = 0
     steps: int = 1000
     stop_after: int = 500
-    samples: tuple[tuple[DatasetName, int], ...] = ((DatasetName.DIGITS, 32), (DatasetName.SCENE, 16))
+    samples: tuple[tuple[DatasetName, int], ...] = ((DatasetName.DIGITS, 32), (DatasetName.SCENE, 32))
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     mono_share: float = 0.85
     right_share: float = 0.6
-    threads: int = 1
+    threads: int = 2
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from mars_shared.contracts.rollout import BoxFrame, Kind, RolloutGroup
 
 
 class ScoreItem(Contract):
-    """One completion to score. `frame` is needed for boxes and ignored for text."""
+    """One completion to score. `frame` is needed for boxes and ignored for text; custom rewards see `question`."""
 
     completion: str
     truth: Truth
     frame: BoxFrame | None = None
+    question: str | None = None
 
 
 class Score(Contract):

@@ -24,6 +24,8 @@ Box = tuple[float, float, float, float]
 MAX_OBJECTS = 512
 """Ground-truth objects of one item; the assignment is cubic in them."""
 
+NO_FRAME = "frame is missing; expected the box frame of the completion's view, to convert its boxes to pixels"
+
 MAX_COORDINATE_PX = 1e6
 """A coordinate beyond this isn't one; it keeps every area finite."""
 
@@ -47,7 +49,7 @@ def score_grounding(completion: str, truth: BoxesTruth, frame: BoxFrame | None) 
         InputError: no frame, more ground-truth objects than MAX_OBJECTS, or one out of bounds.
     """
     if frame is None:
-        raise InputError("frame is missing; expected the box frame of the completion's view, to convert its boxes to pixels")
+        raise InputError(NO_FRAME)
     _check_objects(truth)
     predicted = read_boxes(completion, max_entries=max_predictions(len(truth.boxes)))
     scale_x, scale_y = truth.width_px / frame.width, truth.height_px / frame.height

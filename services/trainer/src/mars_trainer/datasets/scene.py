@@ -25,7 +25,7 @@ from mars_trainer.datasets.base import (
     generator,
     stable_fraction,
 )
-from mars_trainer.datasets.figures import Person, Place, by_daylight, by_warmth, draw_place, place_persons
+from mars_trainer.datasets.figures import Person, Place, by_daylight, by_warmth, draw_place, place_persons, sensor_pattern
 
 QUESTION = "Find every person."
 SIDE_PX = 112
@@ -38,6 +38,8 @@ KIND_SHARES = {
     SampleKind.VISIBLE_MISLED: 0.25,
     SampleKind.INFRARED_MISLED: 0.25,
 }
+PATTERN = 0.25
+"""Contrast of the sensors' pattern, in units of full white."""
 _CANDIDATES = 512
 """Scene seeds set aside for one sample; the first that the hash gives to its split is taken."""
 
@@ -131,9 +133,11 @@ class SceneDataset:
 def _render(name: str, place: Place, look: Look, rng: np.random.Generator) -> bytes:
     if name == "visible":
         image = by_daylight(place, look.persons, look.clarity, rng)
+        pattern = sensor_pattern(SIDE_PX)[..., None]
     else:
         image = by_warmth(place, look.persons, look.clarity)
-    return encode_png(image + rng.normal(0.0, look.noise, image.shape))
+        pattern = sensor_pattern(SIDE_PX)
+    return encode_png(image + PATTERN * pattern + rng.normal(0.0, look.noise, image.shape))
 
 
 def _describe(look: Look) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""Scores completions in a JSON-lines file: `mars score --recipe released ROWS.jsonl`.
+
+A row has `task` ("grounding" or "vqa"), `completion` and `ground_truth` (boxes
+[[x1, y1, x2, y2], ...] in the completion's own coordinates, or a text). The same row comes out
+with `format`, `iou` or `accuracy`, and `score`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mars_reward.registry import check_recipe, score
+from mars_reward.rewards.released_eval import released_correct, released_miou
+from mars_shared.contracts import BoxesTruth, BoxFrame, FrameKind, ScoreItem, TextTruth
+from mars_shared.errors import InputError, MarsError
+from mars_shared.http import explain_validation
+
+TASKS = ("grounding", "vqa")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Score a file; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="mars score", description="Score completions offline; JSON lines in, JSON lines out.")
+    parser.add_argument("rows", type=Path, metavar="ROWS.jsonl")
+    parser.add_argument("--recipe", default="paper", help="paper or released")
+    parser.add_argument(
+        "--released-eval",
+        action="store_true",
+        help="add what the released evaluation script says: eval_miou (null where it drops the sample) or eval_correct",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        check_recipe(options.recipe)
+        for row in read_rows(options.rows):
+            sys.stdout.write(
+                json.dumps(row.scored(options.recipe, released_eval=options.released_eval), ensure_ascii=False) + "\n"
+            )
+    except MarsError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"mars: {error}\n")
+        return error.exit_code
+    return 0
+
+
+class Row:
+    """One row of a file, whose faults are named by file and line."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self._values = values
+        self._where = where
+
+    def scored(self, recipe: str, *, released_eval: bool) -> dict[str, Any]:
+        """The row with its scores.
+
+        Raises:
+            InputError: a field is missing or wrong.
+        """
+        item = self._item()
+        found = score(item, recipe, what=self._where)
+        return {**self._values, **found.parts, "score": found.reward, **(_released(item) if released_eval else {})}
+
+    def _item(self) -> ScoreItem:
+        if self._field("task", str) not in TASKS:
+            raise InputError(f"{self._where}: task is {self._values['task']!r}; expected one of {', '.join(TASKS)}")
+        completion = self._field("completion", str)
+        if self._values["task"] == "vqa":
+            return self._checked(lambda: ScoreItem(completion=completion, truth=TextTruth(text=self._field("ground_truth", str))))
+        boxes = self._field("ground_truth", list)
+        return self._checked(lambda: _grounding_item(completion, boxes))
+
+    def _field(self, name: str, kind: type) -> Any:
+        if name not in self._values:
+            raise InputError(f"{self._where}: {name} is missing; expected task, completion and ground_truth")
+        value = self._values[name]
+        if not isinstance(value, kind):
+            raise InputError(f"{self._where}: {name} is {_short(value)}; expected a {kind.__name__}")
+        return value
+
+    def _checked(self, make: Any) -> ScoreItem:
+        try:
+            item: ScoreItem = make()
+        except ValidationError as error:
+            raise InputError(f"{self._where}: ground_truth: {explain_validation(error.errors(include_url=False))}") from error
+        return item
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The file's rows in order; empty lines are left out.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no JSON object.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield Row(_object(line, f"{path} line {number}"), f"{path} line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a UTF-8 file of JSON lines") from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error}); expected one object a line") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {_short(value)}; expected an object with task, completion and ground_truth")
+    return value
+
+
+def _grounding_item(completion: str, boxes: list[Any]) -> ScoreItem:
+    """The completion is taken to be in the ground truth's pixels."""
+    truth = BoxesTruth(boxes=tuple(tuple(box) if isinstance(box, list) else box for box in boxes), width_px=1, height_px=1)
+    width, height = (max(1, math.ceil(max(box[side] for box in truth.boxes))) for side in (2, 3))
+    return ScoreItem(
+        completion=completion,
+        truth=truth.model_copy(update={"width_px": width, "height_px": height}),
+        frame=BoxFrame(kind=FrameKind.ORIGINAL, width=width, height=height),
+    )
+
+
+def _released(item: ScoreItem) -> dict[str, Any]:
+    if isinstance(item.truth, BoxesTruth):
+        return {"eval_miou": released_miou(item.completion, item.truth.boxes)}
+    return {"eval_correct": released_correct(item.completion, item.truth.text)}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

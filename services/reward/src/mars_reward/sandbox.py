@@ -1,0 +1,157 @@
+"""The isolated process of a custom reward: `python -m mars_reward.sandbox SPEC`; JSON lines in and out.
+
+First line out: {"ready": true} or {"error": ...}. Then for each item one line with "parts" or
+"error". What the function prints goes to stderr. CPU seconds beyond an item's limit end the
+process, whatever holds it up: a signal that no regular expression can keep waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from mars_shared.settings import REWARD_ENTRY_POINTS
+
+TRL = "trl:"
+
+Reward = Callable[..., Any]
+
+
+class SpecError(Exception):
+    """The specification names no reward function."""
+
+
+def main() -> None:
+    replies = _own_stdout()
+    try:
+        score = load(sys.argv[1])
+    except Exception as error:  # noqa: BLE001  whatever a user's module raises belongs to whoever asked for it
+        _say(replies, {"error": f"{type(error).__name__}: {error}"})
+        return
+    _say(replies, {"ready": True})
+    for line in sys.stdin:
+        item = json.loads(line)
+        _limit_cpu(item.pop("cpu_s"))
+        try:
+            reply: dict[str, Any] = {"parts": score(item)}
+        except Exception as error:  # noqa: BLE001  one item's surprise must not end the others' scoring
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        _say(replies, reply)
+
+
+def load(spec: str) -> Callable[[Mapping[str, Any]], dict[str, float]]:
+    """The function that a specification names, as one that takes an item and returns named parts.
+
+    `file.py:function` or the name of an entry point of the group mars.rewards; either behind
+    `trl:` has the signature of TRL's reward functions.
+
+    Raises:
+        SpecError: there is no such file, function or entry point.
+    """
+    if spec.startswith(TRL):
+        return _as_trl(_find(spec.removeprefix(TRL)))
+    return _as_ours(_find(spec))
+
+
+def _find(spec: str) -> Reward:
+    if ":" not in spec:
+        return _entry_point(spec)
+    path, _, name = spec.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise SpecError(f"no file {file}; expected file.py:function")
+    sys.path.insert(0, str(file.resolve().parent))
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    if module_spec is None or module_spec.loader is None:
+        raise SpecError(f"{file} is no Python file; expected file.py:function")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise SpecError(f"{file} has no function {name!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _entry_point(name: str) -> Reward:
+    known = {point.name: point for point in importlib.metadata.entry_points(group=REWARD_ENTRY_POINTS)}
+    if name not in known:
+        raise SpecError(
+            f"no entry point {name!r} in the group {REWARD_ENTRY_POINTS}; there are: {', '.join(sorted(known)) or 'none'}"
+        )
+    return known[name].load()  # type: ignore[no-any-return]
+
+
+def _as_ours(reward: Reward) -> Callable[[Mapping[str, Any]], dict[str, float]]:
+    """reward(completion, truth, question=...) -> a number, or named parts that sum to the reward."""
+
+    def score(item: Mapping[str, Any]) -> dict[str, float]:
+        return _parts(_result(reward(item["completion"], item["truth"], question=item["question"])), reward)
+
+    return score
+
+
+def _as_trl(reward: Reward) -> Callable[[Mapping[str, Any]], dict[str, float]]:
+    """TRL's convention: lists of one item each, the truth under the usual column names."""
+
+    def score(item: Mapping[str, Any]) -> dict[str, float]:
+        truth = item["truth"]
+        columns = {name: [truth] for name in ("answer", "solution", "ground_truth")}
+        values = _result(reward(prompts=[item["question"]], completions=[item["completion"]], **columns))
+        if not isinstance(values, list | tuple) or len(values) != 1:
+            raise TypeError(f"{_name(reward)} returned {values!r}; expected a list with one number")
+        return _parts(values[0], reward)
+
+    return score
+
+
+def _result(value: Any) -> Any:
+    return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def _parts(value: Any, reward: Reward) -> dict[str, float]:
+    named = value if isinstance(value, Mapping) else {_name(reward): value}
+    parts = {str(name): float(part) for name, part in named.items()}
+    for name, part in parts.items():
+        if not math.isfinite(part):
+            raise ValueError(f"{_name(reward)} gave {part} for {name!r}; expected a finite number")
+    return parts
+
+
+def _name(reward: Reward) -> str:
+    return str(getattr(reward, "__name__", "reward"))
+
+
+def _limit_cpu(seconds: float) -> None:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime + seconds), hard))
+
+
+def _own_stdout() -> TextIO:
+    """The real stdout for replies; prints of the function go to stderr instead."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return replies
+
+
+def _say(replies: TextIO, content: Mapping[str, Any]) -> None:
+    replies.write(json.dumps(content) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    main()
