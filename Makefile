@@ -25,7 +25,7 @@ test: setup ## lint, types, import rules and all tests
 verify: setup ## long checks: three seeds of digits, one of scene
 	@.venv/bin/python benchmarks/verify_demo.py
 
-warm-start: setup ## make models/tiny again from nothing (about 10 minutes on one core)
+warm-start: setup ## make models/tiny again from nothing (about 13 minutes on two cores)
 	@.venv/bin/mars sft --out models/tiny
 
 clean: ## remove the environment and all runs

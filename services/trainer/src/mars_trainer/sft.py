@@ -57,7 +57,7 @@ class SftConfig:
     out: Path
     seed: int = 0
     steps: int = 1000
-    stop_after: int = 500
+    stop_after: int = 600
     samples: tuple[tuple[DatasetName, int], ...] = ((DatasetName.DIGITS, 32), (DatasetName.SCENE, 32))
     learning_rate: float = 2e-3
     warmup_steps: int = 50
