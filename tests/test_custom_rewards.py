@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mars_reward.custom import CustomReward
 from mars_reward.metrics import TIME_OUTS
 from mars_reward.registry import RECIPES, offered, score
 from mars_shared.contracts import BoxesTruth, ScoreItem, TextTruth
-from mars_shared.errors import ConfigError, InputError
+from mars_shared.errors import ConfigError, RewardError
 
 REWARDS = """
-import asyncio, os, re, time
+from __future__ import annotations
+
+import asyncio, os, re, subprocess, sys, time
+from dataclasses import dataclass
+
+LOCK = asyncio.Lock()
+
+@dataclass
+class Judge:
+    name: str = "a module may define dataclasses"
 
 def length(completion, truth, *, question):
     print("prints do no harm")
+    subprocess.run([sys.executable, "-c", "import sys; sys.stdin.read()"], check=True)  # reads no item away
     return len(completion) / 10
 
 async def patient(completion, truth, *, question):
-    await asyncio.sleep(0.01)
+    async with LOCK:  # belongs to one event loop
+        await asyncio.sleep(0.01)
     return {"question": float(question == "Which digit?"), "truth": float(truth == "7")}
 
 def boxes(completion, truth, *, question):
@@ -52,6 +66,16 @@ def trl_wrong(prompts, completions, **columns):
     return 1.0
 
 not_callable = 7
+"""
+
+
+OWNER = """
+import sys
+from mars_reward.custom import CustomReward
+from mars_shared.contracts import ScoreItem, TextTruth
+reward = CustomReward(sys.argv[1], 60.0, sandboxes=1).start()
+print(reward._started[0]._process.pid, flush=True)
+reward(ScoreItem(completion="sleep", truth=TextTruth(text="7")))
 """
 
 
@@ -96,13 +120,36 @@ def test_a_function_with_trls_signature_scores_through_the_adapter(file: Path) -
         assert score(item("it is 7"), f"trl:{file}:trl_style").reward == 13.0
 
 
-@pytest.mark.parametrize("completion", ["loop", "regex", "exit", "sleep"])
-def test_what_never_ends_costs_one_item(trap: CustomReward, completion: str) -> None:
-    before = TIME_OUTS._value.get()
+@pytest.mark.parametrize(("completion", "cause"), [("loop", "cpu"), ("regex", "cpu"), ("exit", "exit"), ("sleep", "wall")])
+def test_what_never_ends_costs_one_item(trap: CustomReward, completion: str, cause: str) -> None:
+    counter = TIME_OUTS.labels(cause=cause)._value
+    before = counter.get()
     found = trap(item(completion))
-    assert (dict(found.parts), found.parsed) == ({"timed_out": 0.0}, False)
-    assert TIME_OUTS._value.get() == before + 1
+    assert (dict(found.parts), found.parsed) == ({}, False)
+    assert counter.get() == before + 1
     assert trap(item("fine")).parts == {"trap": 1.0}
+
+
+def test_a_process_that_died_between_two_items_costs_one_item_at_most(trap: CustomReward) -> None:
+    assert trap(item("fine")).parts == {"trap": 1.0}
+    (sandbox,) = trap._started
+    assert sandbox._process is not None
+    sandbox._process.kill()
+    sandbox._process.wait()
+    assert trap(item("fine")).parsed is False
+    assert trap(item("fine")).parts == {"trap": 1.0}
+
+
+def test_no_sandbox_outlives_a_killed_service(file: Path, tmp_path: Path) -> None:
+    service = subprocess.Popen(
+        [sys.executable, "-c", OWNER, f"{file}:trap"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert service.stdout is not None
+    sandbox = psutil.Process(int(service.stdout.readline()))
+    service.kill()
+    service.wait()
+    sandbox.wait(timeout=20)
+    service.stdout.close()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +157,7 @@ def test_what_never_ends_costs_one_item(trap: CustomReward, completion: str) -> 
     [("raise", "KeyError: 'no such thing'"), ("nan", "gave nan for 'trap'; expected a finite number"), ("text", "ValueError")],
 )
 def test_a_function_that_fails_names_its_error_and_goes_on(trap: CustomReward, completion: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(RewardError, match=message):
         trap(item(completion))
     assert trap(item("fine")).parts == {"trap": 1.0}
 
@@ -136,7 +183,7 @@ def test_a_module_that_fails_is_refused_at_the_start(tmp_path: Path) -> None:
 
 
 def test_trls_signature_needs_one_number_an_item(file: Path) -> None:
-    with offered(f"trl:{file}:trl_wrong", time_limit_s=5), pytest.raises(InputError, match="expected a list with one number"):
+    with offered(f"trl:{file}:trl_wrong", time_limit_s=5), pytest.raises(RewardError, match="expected a list with one number"):
         score(item("x"), f"trl:{file}:trl_wrong")
 
 

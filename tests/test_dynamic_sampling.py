@@ -134,8 +134,8 @@ async def test_groups_without_signal_are_replaced_by_the_next_prompts(tmp_path: 
     await run._step()
     assert replies.asked[3:] == [[5, 6, 7]] and pupil.steps[1] == [5, 6, 7]
     assert run.ledger.consumed == ((0, 2, 4), (5, 6, 7)) and run.ledger.filtered == (1, 3)
-    # Nothing of a step stays in the stream, whether it was trained on or not.
-    assert replies.acknowledged == [0, 1, 2, 3, 4, 5, 6, 7]
+    # What is not trained on leaves the stream at once, the rest with the checkpoint.
+    assert replies.acknowledged == [1, 3, 0, 2, 4, 5, 6, 7]
     steps = read_events(tmp_path / "events.jsonl", "step")
     assert [(s["metrics"]["groups"], s["metrics"]["generation_batches"]) for s in steps] == [(5, 3), (3, 1)]
     assert read_events(tmp_path / "events.jsonl", "short") == []
@@ -148,7 +148,13 @@ async def test_after_the_last_attempt_the_step_trains_on_what_there_is_and_says_
     assert replies.asked == [[0, 1, 2], [3, 4], [5, 6]]
     assert pupil.steps == [[1, 5]]
     (event,) = read_events(tmp_path / "events.jsonl", "short")
-    assert {key: event[key] for key in ("step", "kept", "wanted", "asked")} == {"step": 1, "kept": 2, "wanted": 3, "asked": 7}
+    assert {key: event[key] for key in ("step", "kept", "wanted", "without_signal", "rounds")} == {
+        "step": 1,
+        "kept": 2,
+        "wanted": 3,
+        "without_signal": 5,
+        "rounds": 3,
+    }
 
 
 async def test_an_empty_step_is_skipped_and_said_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -157,7 +163,7 @@ async def test_an_empty_step_is_skipped_and_said_and_the_run_goes_on(tmp_path: P
     await run._step()
     assert replies.asked == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] and pupil.steps == [[]]
     (event,) = read_events(tmp_path / "events.jsonl", "skipped")
-    assert (event["step"], event["kept"], event["asked"]) == (1, 0, 9)
+    assert (event["step"], event["kept"], event["without_signal"]) == (1, 0, 9)
     await run._step()
     assert pupil.steps == [[], [9, 10, 11]]
     assert [str(version) for version in shelf.versions] == ["1.1", "1.2"]

@@ -143,7 +143,7 @@ def test_a_wrong_type_is_refused_and_not_converted(tmp_path: Path, section: str,
             "max_completion_length = 512",
             "rollout.max_completion_length is 512; expected less than model.max_model_len = 512",
         ),
-        ("reward", 'recipe = "papers"', "reward.recipe = 'papers'"),
+        ("reward", 'recipe = ""', "reward.recipe = ''"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_what_was_expected(tmp_path: Path, section: str, line: str, message: str) -> None:
@@ -222,6 +222,31 @@ def test_a_misspelt_deployment_variable_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(name, "x")
     with pytest.raises(ConfigError, match=f"{name} in the environment is no setting; did you mean {meant}"):
         load_deployment()
+
+
+def test_an_override_with_one_underscore_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARS_TRAIN_STEPS", "20")
+    with pytest.raises(ConfigError, match="MARS_TRAIN_STEPS in the environment is no setting; did you mean MARS_TRAIN__STEPS"):
+        load(tmp_path, RECIPE)
+
+
+def test_importance_correction_needs_the_whole_distribution(tmp_path: Path) -> None:
+    text = with_line("train", 'importance_correction = "token_truncate"')
+    load(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"expected top_p = 1"):
+        load(tmp_path, text.replace("[rollout]", "[rollout]\ntop_p = 0.9"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("dual_clip = 1.1", "expected more than 1"),
+        ("overlong_buffer = 17", "expected at most rollout.max_completion_length = 16"),
+    ],
+)
+def test_algorithm_settings_that_contradict_each_other_are_refused(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, with_line("train", line))
 
 
 def test_an_empty_api_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ log-probabilities. The table of differences stands at the end of the test run's 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -54,7 +55,7 @@ VARIANTS = [
 
 @dataclass(frozen=True)
 class Batch:
-    """B completions with lengths from 0 to T; ratios reach far beyond every clip."""
+    """B completions of 1 to T tokens; ratios reach beyond the clips and the importance cap."""
 
     logprobs_BT: Tensor
     old_BT: Tensor
@@ -73,7 +74,7 @@ def make_batch(seed: int) -> Batch:
     def near(scale: float) -> Tensor:
         return old + scale * torch.randn(mask.shape, generator=generator)
 
-    return Batch(near(0.4), old, near(0.05), near(0.5), torch.randn(24, generator=generator), mask)
+    return Batch(near(0.4), old, near(0.4), near(0.5), torch.randn(24, generator=generator), mask)
 
 
 def ours(variant: Variant, batch: Batch) -> tuple[float, Tensor]:
@@ -126,9 +127,24 @@ def theirs(variant: Variant, batch: Batch) -> tuple[float, Tensor]:
         "old_per_token_logps": batch.old_BT,
         "ref_per_token_logps": batch.ref_BT,
         "num_items_in_batch": batch.mask_BT.sum(),
-        "importance_sampling_ratio": our_importance(variant, batch),
+        "importance_sampling_ratio": trl_importance(variant, batch),
     }
     return value_and_gradient(GRPOTrainer._compute_loss(trl_settings(variant, leaf), None, inputs), leaf)
+
+
+def trl_importance(variant: Variant, batch: Batch) -> Tensor | None:
+    """What TRL multiplies with in its four modes, token by token: it computes it within the making of a batch."""
+    if variant.correction == "none":
+        return None
+    level, _, mode = variant.correction.partition("_")
+    ratios = torch.ones(batch.mask_BT.shape if level == "token" else (len(batch.mask_BT), 1))
+    for row in range(len(batch.mask_BT)):
+        length = int(batch.mask_BT[row].sum())
+        differences = [batch.old_BT[row, t].item() - batch.sampler_BT[row, t].item() for t in range(length)]
+        for place, difference in enumerate(differences if level == "token" else [math.fsum(differences)]):
+            ratio = math.exp(difference)
+            ratios[row, place] = ratio if ratio <= CAP else (CAP if mode == "truncate" else 0.0)
+    return ratios
 
 
 def trl_settings(variant: Variant, logprobs: Tensor) -> SimpleNamespace:
@@ -166,5 +182,8 @@ def test_loss_and_gradient_equal_those_of_trl(variant: Variant, tables: Tables) 
         worst_loss = max(worst_loss, abs(our_loss - trl_loss))
         worst_gradient = max(worst_gradient, (our_gradient - trl_gradient).abs().max().item())
         assert our_gradient.abs().max() > 1e-4
+        if variant.correction != "none":
+            capped = (trl_importance(variant, batch) == (CAP if "truncate" in variant.correction else 0.0)).float().mean()
+            assert 0.05 < capped < 0.95
     tables.add("parity with TRL", variant=variant.name, loss=f"{worst_loss:.1e}", gradient=f"{worst_gradient:.1e}")
     assert worst_loss < BOUND and worst_gradient < BOUND

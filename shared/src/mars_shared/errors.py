@@ -10,6 +10,7 @@ MarsError
 │   └── BlobMissingError no bytes under that hash                                              HTTP 404
 ├── DivergedError        training left the finite numbers                                  exit 3
 ├── NotReadyError        the service cannot serve yet, or no more                          HTTP 503
+├── RewardError          a custom reward failed; perhaps only for a while                      HTTP 502
 ├── IntegrityError       bytes do not match their hash: a snapshot, a blob, a checkpoint
 ├── CheckpointError      weights or a checkpoint cannot be used: of another model              exit 2
 └── QueueError           Redis cannot be used
@@ -77,6 +78,12 @@ class NotReadyError(MarsError):
     """The service cannot serve yet, or no more."""
 
     http_status = 503
+
+
+class RewardError(MarsError):
+    """A custom reward failed on an item; what it depends on may come back."""
+
+    http_status = 502
 
 
 class IntegrityError(MarsError):

@@ -55,9 +55,9 @@ class RunDisplay:
             case "dead":
                 self.say(f"dead letter: {event.get('prompt_id', '')} {event['reason']}")
             case "short":
-                self.say(f"step {event['step']} trains on {event['kept']} of {event['wanted']} groups: {_asked(event)}")
+                self.say(f"step {event['step']} trains on {event['kept']} of {event['wanted']} groups: {_lacking(event)}")
             case "skipped":
-                self.say(f"step {event['step']} is skipped: {_asked(event)}")
+                self.say(f"step {event['step']} is skipped: {_lacking(event)}")
             case "finished":
                 self.say(f"finished at step {event['step']}, weights {event['weights'][:16]}")
 
@@ -93,8 +93,8 @@ def _step_text(metrics: dict[str, float]) -> str:
     return "  ".join([*parts, f"length {metrics['completions/mean_length']:.1f}"])
 
 
-def _asked(event: dict[str, Any]) -> str:
-    return f"{event['asked']} groups were asked for, the others had no signal"
+def _lacking(event: dict[str, Any]) -> str:
+    return f"{event['without_signal']} groups had no signal in {event['rounds']} round(s) of asking"
 
 
 def _evaluation_line(event: dict[str, Any]) -> str:

@@ -11,15 +11,15 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Self
 
 from mars_reward.metrics import TIME_OUTS
 from mars_reward.parts import Parts
 from mars_shared.contracts import BoxesTruth, ScoreItem
-from mars_shared.errors import ConfigError, InputError
+from mars_shared.errors import ConfigError, RewardError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,17 @@ START_S = 60.0
 """How long importing the user's module may take."""
 WALL_FACTOR = 10.0
 """Wall seconds an item may take, for each CPU second: it may wait for a network, or the machine be busy."""
+
+
+class Ended(StrEnum):
+    """How a sandbox's process ended in the middle of an item."""
+
+    CPU = "cpu"
+    """It used more CPU seconds than an item may."""
+    WALL = "wall"
+    """It took longer than an item may, waiting for something."""
+    EXIT = "exit"
+    """It crashed or left by itself."""
 
 
 @dataclass
@@ -50,14 +61,14 @@ class Sandbox:
             start_new_session=True,
         )
         reply = self._reply(START_S)
-        if reply is None or "ready" not in reply:
-            self.stop()
-            reason = f"it was not imported within {START_S:g} s" if reply is None else reply["error"]
-            raise ConfigError(f"reward {self.spec!r}: {reason}")
-        return self
+        if isinstance(reply, dict) and "ready" in reply:
+            return self
+        self.stop()
+        reason = reply["error"] if isinstance(reply, dict) else f"its import ended the process or took {START_S:g} s ({reply})"
+        raise ConfigError(f"reward {self.spec!r}: {reason}")
 
-    def score(self, item: dict[str, Any]) -> dict[str, Any] | None:
-        """The function's reply; None if it took longer than an item may, or took the process down."""
+    def score(self, item: dict[str, Any]) -> dict[str, Any] | Ended:
+        """The function's reply, or how it ended without one; then the next item gets a new process."""
         if self._process is None:
             self.start()
         assert self._process is not None and self._process.stdin is not None
@@ -66,8 +77,8 @@ class Sandbox:
             self._process.stdin.flush()
             reply = self._reply(self.cpu_s * WALL_FACTOR)
         except BrokenPipeError:
-            reply = None
-        if reply is None:
+            reply = Ended.EXIT
+        if isinstance(reply, Ended):
             self.stop()
         return reply
 
@@ -80,18 +91,21 @@ class Sandbox:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # what could not be written is tried again on closing
                 pipe.close()
 
-    def _reply(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next line; None if there is none in time."""
+    def _reply(self, timeout_s: float) -> dict[str, Any] | Ended:
+        """The next line, or why there is none."""
         assert self._process is not None and self._process.stdout is not None
         deadline, line = time.monotonic() + timeout_s, b""
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self._process.stdout], [], [], max(deadline - time.monotonic(), 0))
-            chunk = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
+            if not ready:
+                return Ended.WALL
+            chunk = os.read(self._process.stdout.fileno(), 1 << 16)
             if not chunk:
-                return None
+                return Ended.CPU if self._process.wait() == -signal.SIGXCPU else Ended.EXIT
             line += chunk
         reply: dict[str, Any] = json.loads(line)
         return reply
@@ -105,7 +119,6 @@ class CustomReward:
     cpu_s: float
     sandboxes: int = 2
     _idle: queue.SimpleQueue[Sandbox] = field(default_factory=queue.SimpleQueue)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
     _started: list[Sandbox] = field(default_factory=list)
 
     def start(self) -> Self:
@@ -121,24 +134,22 @@ class CustomReward:
         return self
 
     def __call__(self, item: ScoreItem) -> Parts:
-        """Score an item. One that takes too long gets 0, counted as mars_reward_time_outs_total.
+        """Score an item. One that takes too long, or the process with it, gets 0: mars_reward_time_outs_total counts them.
 
         Raises:
-            InputError: the function raised, or returned no finite numbers.
+            RewardError: the function raised, or returned no finite numbers.
         """
         sandbox = self._idle.get()
         try:
             reply = sandbox.score(_as_json(item))
         finally:
             self._idle.put(sandbox)
-        if reply is None:
-            TIME_OUTS.inc()
-            logger.warning(
-                "reward %s took more than %g CPU seconds, or ended its process; the item gets 0", self.spec, self.cpu_s
-            )
-            return Parts({"timed_out": 0.0}, parsed=False)
+        if isinstance(reply, Ended):
+            TIME_OUTS.labels(cause=reply.value).inc()
+            logger.warning("reward %s ended in the middle of an item (%s), which gets 0", self.spec, reply.value)
+            return Parts({}, parsed=False)
         if "error" in reply:
-            raise InputError(f"reward {self.spec!r} failed: {reply['error']}")
+            raise RewardError(f"reward {self.spec!r} failed: {reply['error']}")
         return Parts(reply["parts"], parsed=True)
 
     def stop(self) -> None:

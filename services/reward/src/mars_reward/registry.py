@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from mars_reward.custom import CustomReward
 from mars_reward.parts import Parts, Scorer
-from mars_reward.rewards.grounding import NO_FRAME, score_grounding
+from mars_reward.rewards.grounding import NO_FRAME, check_objects, score_grounding
 from mars_reward.rewards.released import released_grounding, released_vqa
 from mars_reward.rewards.vqa import score_vqa
 from mars_shared.contracts import BoxesTruth, Score, ScoreItem, TextTruth
@@ -32,6 +32,7 @@ def _released_boxes(item: ScoreItem) -> Parts:
     assert isinstance(truth, BoxesTruth)
     if frame is None:
         raise InputError(NO_FRAME)
+    check_objects(truth)
     score = released_grounding(item.completion, truth.boxes, scale=(truth.width_px / frame.width, truth.height_px / frame.height))
     return Parts({"format": score.format, "iou": score.iou}, score.parsed)
 

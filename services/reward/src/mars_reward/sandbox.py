@@ -15,14 +15,17 @@ import json
 import math
 import os
 import resource
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from mars_shared.settings import REWARD_ENTRY_POINTS
-
+REWARD_ENTRY_POINTS = "mars.rewards"
 TRL = "trl:"
+PARENT_POLL_S = 0.5
 
 Reward = Callable[..., Any]
 
@@ -32,14 +35,15 @@ class SpecError(Exception):
 
 
 def main() -> None:
-    replies = _own_stdout()
+    items, replies = _own_pipes()
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         score = load(sys.argv[1])
     except Exception as error:  # noqa: BLE001  whatever a user's module raises belongs to whoever asked for it
         _say(replies, {"error": f"{type(error).__name__}: {error}"})
         return
     _say(replies, {"ready": True})
-    for line in sys.stdin:
+    for line in items:
         item = json.loads(line)
         _limit_cpu(item.pop("cpu_s"))
         try:
@@ -75,6 +79,7 @@ def _find(spec: str) -> Reward:
     if module_spec is None or module_spec.loader is None:
         raise SpecError(f"{file} is no Python file; expected file.py:function")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up
     module_spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not callable(found):
@@ -114,8 +119,12 @@ def _as_trl(reward: Reward) -> Callable[[Mapping[str, Any]], dict[str, float]]:
     return score
 
 
+RUNNER = asyncio.Runner()
+"""One event loop for all items: clients that a module keeps hold connections of their loop."""
+
+
 def _result(value: Any) -> Any:
-    return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
+    return RUNNER.run(_awaited(value)) if inspect.isawaitable(value) else value
 
 
 async def _awaited(value: Any) -> Any:
@@ -141,11 +150,21 @@ def _limit_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime + seconds), hard))
 
 
-def _own_stdout() -> TextIO:
-    """The real stdout for replies; prints of the function go to stderr instead."""
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def _own_pipes() -> tuple[TextIO, TextIO]:
+    """The real stdin and stdout, for items and replies; the function reads nothing and prints to stderr."""
+    items, replies = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     os.dup2(2, 1)
-    return replies
+    return items, replies
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process, and what the function started, when the service is gone, however it ended."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _say(replies: TextIO, content: Mapping[str, Any]) -> None:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ERRORS = 3
 """Unexpected errors after which a group is given up."""
+RETRY_PAUSES_S = (1.0, 10.0)
+"""Pauses before an error is tried again: what a custom reward asks over a network may come back."""
 MAX_DEATHS = 10
 """Attempts that ended without a word (a killed worker, a lost lease) after which a group is given up."""
 EVALUATION_RECIPE = "paper"
@@ -154,6 +156,7 @@ class RewardWorker:
         if claim.errors + 1 >= MAX_ERRORS:
             await self._queue.dead_letter(claim, "reward failed", detail)
             return "dead_letter"
+        await asyncio.sleep(RETRY_PAUSES_S[claim.errors])
         await self._queue.retry(claim, detail)
         return "retry"
 

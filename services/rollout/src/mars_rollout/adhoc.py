@@ -42,6 +42,8 @@ from mars_shared.settings import Deployment, Recipe
 _BLOB = re.compile(r"[0-9a-f]{64}")
 MAX_COMPLETIONS = 4096
 """Of one request: as many as the reward service scores at a time."""
+SCORING_S = 300.0
+"""Longest wait for the scores of a group; custom rewards may take their time."""
 PROMPT_ID = "adhoc"
 """Every ad-hoc prompt's id, so that the same question, images and seed give the same completions."""
 
@@ -209,7 +211,7 @@ class RewardClient:
         key = deployment.api_key
         headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key is not None else {}
         self._url = deployment.reward_url
-        self._http = httpx.AsyncClient(base_url=self._url, headers=headers, timeout=60.0, trust_env=False)
+        self._http = httpx.AsyncClient(base_url=self._url, headers=headers, timeout=SCORING_S, trust_env=False)
 
     async def answer(self, group: RolloutGroup) -> GroupAnswer:
         """The group with its scores, if its prompt has a truth.
@@ -221,7 +223,10 @@ class RewardClient:
         truth = group.prompt.truth
         if truth is None:
             return GroupAnswer(group=group)
-        items = tuple(ScoreItem(completion=c.text, truth=truth, frame=group.view_of(c.source).frame) for c in group.completions)
+        items = tuple(
+            ScoreItem(completion=c.text, truth=truth, frame=group.view_of(c.source).frame, question=group.prompt.question)
+            for c in group.completions
+        )
         response = await self._score(ScoreRequest(items=items))
         return GroupAnswer(group=group, scores=response.scores, recipe=response.recipe, gain=_gain(group, response.scores))
 

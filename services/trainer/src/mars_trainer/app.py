@@ -31,6 +31,7 @@ def build_app(deployment: Deployment, progress: Progress) -> FastAPI:
     async def gauges(request: Any, call_next: Any) -> Any:
         if request.url.path == "/metrics":
             STEP.labels(progress.run).set(progress.version.step)
+            METRIC.clear()  # a skipped step has no loss; the last one's must not stand for it
             for name, value in progress.metrics.items():
                 METRIC.labels(progress.run, name).set(value)
         return await call_next(request)

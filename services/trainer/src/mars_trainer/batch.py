@@ -1,4 +1,4 @@
-"""A step's groups as they come in: those that can teach something, and those without signal."""
+"""A step's groups as they come in: those to train on, and those without signal that were replaced."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from mars_trainer.exchange import Answer
 
 @dataclass
 class Batch:
-    """Answers in the order in which they were asked, with their credits; `wanted` of them should have signal."""
+    """Answers in the order in which they were asked, with their credits.
+
+    Attributes:
+        wanted: groups to train on.
+        filters: whether groups without signal are dropped and replaced (dynamic sampling).
+        rounds: how often groups were asked for.
+    """
 
     wanted: int
+    filters: bool
     answers: list[Answer] = field(default_factory=list)
     credits: list[Credit] = field(default_factory=list)
     rounds: int = 0
@@ -27,27 +34,28 @@ class Batch:
 
     @property
     def scored(self) -> list[ScoredGroup]:
+        """All groups."""
         return [answer.scored for answer in self.answers]
 
     @property
-    def all(self) -> list[tuple[ScoredGroup, Credit]]:
-        return list(zip(self.scored, self.credits, strict=True))
+    def kept(self) -> list[tuple[Answer, Credit]]:
+        """What to train on."""
+        return [(answer, credit) for answer, credit in self._pairs() if credit.signal or not self.filters]
 
     @property
-    def with_signal(self) -> list[tuple[ScoredGroup, Credit]]:
-        return [(scored, credit) for scored, credit in self.all if credit.signal]
-
-    @property
-    def without_signal(self) -> set[int]:
-        """Dispatch indices of groups without signal."""
-        return {scored.group.prompt.dispatch_index for scored, credit in self.all if not credit.signal}
+    def dropped(self) -> list[Answer]:
+        """What is not trained on."""
+        return [answer for answer, credit in self._pairs() if self.filters and not credit.signal]
 
     @property
     def missing(self) -> int:
-        """Groups with signal that are still to come."""
-        return self.wanted - len(self.with_signal)
+        """Groups to train on that are still to come."""
+        return self.wanted - len(self.kept)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """How often the step had to ask."""
+        """How often the step had to ask, and for how many groups."""
         return {"generation_batches": float(self.rounds), "groups": float(len(self.answers))}
+
+    def _pairs(self) -> list[tuple[Answer, Credit]]:
+        return list(zip(self.answers, self.credits, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,7 @@ class TrainingRun:
         self._advance(batch)
         await asyncio.to_thread(self._publish)
         pushed = time.time()
+        await self.training.acknowledge(batch.dropped)  # nothing of them is in the weights, so no checkpoint waits for them
         self._say_what_is_missing(batch)
         metrics = finite(rollout_metrics(batch.scored, batch.credits) | batch.metrics | learned)
         window = (began, pushed)
@@ -126,13 +127,14 @@ class TrainingRun:
 
     async def _collect(self) -> Batch:
         """Ask for a step's groups; with dynamic sampling, for others in place of those without signal, within bounds."""
-        train, batch = self.recipe.train, Batch(wanted=self.recipe.train.prompts_per_step)
+        train, longest = self.recipe.train, self.recipe.rollout.max_completion_length
+        batch = Batch(wanted=train.prompts_per_step, filters=train.dynamic_sampling != "none")
         self._replaced = 0
-        for _ in range(1 if train.dynamic_sampling == "none" else train.max_generation_batches):
+        for _ in range(train.max_generation_batches if batch.filters else 1):
             prompts = [self._next_prompt() for _ in range(batch.missing)]
             answers = await self.training.gather(prompts, replace=self._replacement)
-            batch.add(answers, [credit(answer.scored, train, self.recipe.rollout.max_completion_length) for answer in answers])
-            if train.dynamic_sampling == "none" or not batch.missing:
+            batch.add(answers, [credit(answer.scored, train, longest) for answer in answers])
+            if not batch.missing:
                 break
         if not batch.answers:
             raise InputError(
@@ -141,19 +143,23 @@ class TrainingRun:
         return batch
 
     def _learn(self, batch: Batch) -> dict[str, float]:
-        kept = batch.all if self.recipe.train.dynamic_sampling == "none" else batch.with_signal
-        if not kept:
+        if not batch.kept:
             self.learner.skip()
             return {}
-        return self.learner.step([scored for scored, _ in kept], [credit for _, credit in kept])
+        return self.learner.step([answer.scored for answer, _ in batch.kept], [credit for _, credit in batch.kept])
 
     def _say_what_is_missing(self, batch: Batch) -> None:
-        if self.recipe.train.dynamic_sampling == "none" or not batch.missing:
-            return
-        kept, wanted = len(batch.with_signal), batch.wanted
-        self.events.write(
-            "short" if kept else "skipped", step=self.version.step, kept=kept, wanted=wanted, asked=len(batch.answers)
-        )
+        """A step with fewer groups than wanted: dynamic sampling came to its bound, or prompts died."""
+        if batch.missing:
+            kept = len(batch.kept)
+            self.events.write(
+                "short" if kept else "skipped",
+                step=self.version.step,
+                kept=kept,
+                wanted=batch.wanted,
+                without_signal=len(batch.dropped),
+                rounds=batch.rounds,
+            )
 
     def _next_prompt(self) -> Prompt:
         index = self.progress.next_dispatch_index
@@ -173,18 +179,16 @@ class TrainingRun:
         return self._next_prompt()
 
     def _advance(self, batch: Batch) -> None:
-        filtered = set() if self.recipe.train.dynamic_sampling == "none" else batch.without_signal
-        indices = [scored.group.prompt.dispatch_index for scored in batch.scored]
         self.ledger = self.ledger.model_copy(
             update={
                 "version": PolicyVersion(incarnation=self.version.incarnation, step=self.version.step + 1),
                 "next_dispatch_index": self.progress.next_dispatch_index,
-                "consumed": (*self.ledger.consumed, tuple(index for index in indices if index not in filtered)),
-                "filtered": (*self.ledger.filtered, *sorted(filtered)),
+                "consumed": (*self.ledger.consumed, _indices(answer for answer, _ in batch.kept)),
+                "filtered": (*self.ledger.filtered, *_indices(batch.dropped)),
                 "dead": tuple(self.progress.dead),
             }
         )
-        self._unacknowledged.extend(batch.answers)
+        self._unacknowledged.extend(answer for answer, _ in batch.kept)
         self.progress.version = self.version
 
     def _publish(self) -> WeightManifest:
@@ -222,6 +226,10 @@ class TrainingRun:
         self.progress.evaluations.append(entry)
         self.events.write("evaluation", **entry)
         self.samples.evaluation(self.version.step, [answer.scored for answer in answers])
+
+
+def _indices(answers: Iterable[Answer]) -> tuple[int, ...]:
+    return tuple(answer.scored.group.prompt.dispatch_index for answer in answers)
 
 
 def _intervals(

@@ -23,14 +23,20 @@ def rollout_metrics(groups: Sequence[ScoredGroup], credits: Sequence[Credit]) ->
         "no_signal_rate": _mean(not credit.signal for credit in credits),
         "overlong_punishment": _mean(value for credit in credits for value in credit.overlong_G),
     }
-    for name in sorted({key for scored in groups for score in scored.scores for key in score.parts}):
+    for name in sorted({key for scored in groups for key in _part_names(scored)}):
         metrics[f"reward/{name}"] = _mean(
-            score.parts[name]
+            score.parts.get(name, 0.0)
             for scored in groups
+            if name in _part_names(scored)
             for completion, score in zip(scored.group.completions, scored.scores, strict=True)
-            if completion.kind is Kind.MULTI and name in score.parts
+            if completion.kind is Kind.MULTI
         )
     return metrics | _gains(groups, advantages) | _lengths(groups)
+
+
+def _part_names(scored: ScoredGroup) -> set[str]:
+    """Parts of any of the group's rewards; a completion that lacks one earned nothing there."""
+    return {name for score in scored.scores for name in score.parts}
 
 
 def _gains(groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages]) -> dict[str, float]:

@@ -50,7 +50,7 @@ def score_grounding(completion: str, truth: BoxesTruth, frame: BoxFrame | None) 
     """
     if frame is None:
         raise InputError(NO_FRAME)
-    _check_objects(truth)
+    check_objects(truth)
     predicted = read_boxes(completion, max_entries=max_predictions(len(truth.boxes)))
     scale_x, scale_y = truth.width_px / frame.width, truth.height_px / frame.height
     scaled = [(x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y) for x1, y1, x2, y2 in predicted or ()]
@@ -114,7 +114,8 @@ def pairwise_iou(predicted_P4: NDArray[np.float64], objects_T4: NDArray[np.float
     return result
 
 
-def _check_objects(truth: BoxesTruth) -> None:
+def check_objects(truth: BoxesTruth) -> None:
+    """Raises InputError: more ground-truth objects than MAX_OBJECTS, or one out of bounds."""
     if len(truth.boxes) > MAX_OBJECTS:
         raise InputError(f"truth has {len(truth.boxes)} boxes; expected at most {MAX_OBJECTS}")
     for index, box in enumerate(truth.boxes):

@@ -21,6 +21,8 @@ Box = tuple[float, float, float, float]
 
 MIN_IOU = 0.3
 """An IoU counts only above this."""
+MAX_ENTRIES = 4096
+"""More than any completion can list; the assignment takes memory in proportion to entries times objects."""
 _REPAIRS = (("'bbox_2d'", '"bbox_2d"'), ("'[", "["), ("]'", "]"))
 
 
@@ -45,7 +47,7 @@ class ReleasedVqa:
 def released_grounding(completion: str, objects: Sequence[Box], *, scale: tuple[float, float] = (1.0, 1.0)) -> ReleasedGrounding:
     """Format (at most 0.75) and IoU part of a completion.
 
-    One entry for one object: its IoU. Otherwise the optimal assignment's IoUs summed over the
+    The optimal assignment's IoUs summed over the
     number of objects, times 1 + 0.3 ln(objects) if there are several, minus 0.5 for each
     surplus entry over the number of objects (at most 1), never below 0. IoU is float32.
 
@@ -99,13 +101,11 @@ def _box(entry: object, scale: tuple[float, float]) -> Box | None:
 
 
 def _iou_part(predicted: Sequence[Box], num_entries: int, objects: Sequence[Box]) -> float:
-    if not predicted:
+    if not predicted or num_entries > MAX_ENTRIES:
         return 0.0
     iou_PT = _pairwise_iou(predicted, objects)
     rows, columns = linear_sum_assignment(iou_PT, maximize=True)
     found = math.fsum(float(iou) for iou in iou_PT[rows, columns] if iou > MIN_IOU)
-    if num_entries == len(objects) == 1:
-        return found
     bonus = 1 + 0.3 * math.log(len(objects))
     surplus = max(num_entries - len(objects), 0) / len(objects)
     return max(found / len(objects) * bonus - min(0.5 * surplus, 1.0), 0.0)
