@@ -1,0 +1,126 @@
+"""The authors' evaluation files are read whole, and every question of them can be scored without its images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Tables
+from mars_reward.registry import score
+from mars_shared.contracts import BoxesTruth, BoxFrame, FrameKind, Score, ScoreItem, TextTruth
+from mars_shared.errors import InputError
+from mars_trainer.datasets.authors import read_authors
+from mars_trainer.datasets.records import NamedPath, Record
+from reference_data import FOLDER, needs_reference_data
+
+LLVIP_SIZE_PX = (1280, 1024)
+THOUGHT = "<think>I look at both.</think>"
+
+
+def row(images: int = 2, text: str = "Which?", truth: Any = "Yes", **more: Any) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "image", "image": f"data/{index}.jpg"} for index in range(images)]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}], "ground_truth": truth, **more}
+
+
+def read(folder: Path, *rows: Any, names: tuple[str, ...] | None = None) -> list[Record]:
+    (folder / "questions.json").write_text(json.dumps(rows))
+    return list(read_authors(folder / "questions.json", names))
+
+
+def test_rows_become_records_with_any_number_of_images(tmp_path: Path) -> None:
+    one, six = read(tmp_path, row(1, truth="two or 2"), row(6, truth="D", extra_info={"sample_id": "scene-7"}))
+    assert one.images == (NamedPath("image-1", Path("data/0.jpg")),) and one.answer == "two or 2"
+    assert [image.name for image in six.images] == [f"image-{n}" for n in range(1, 7)]
+    assert (one.record_id, six.record_id, six.question) == ("questions/0", "scene-7", "Which?")
+
+
+def test_sources_take_the_names_that_are_given(tmp_path: Path) -> None:
+    pair, single = read(tmp_path, row(2), row(1), names=("visible", "infrared"))
+    assert [image.name for image in pair.images] == ["visible", "infrared"]
+    assert [image.name for image in single.images] == ["visible"]
+
+
+def test_boxes_become_a_truth_with_the_size_of_the_image(tmp_path: Path) -> None:
+    (record,) = read(tmp_path, row(truth=[[1, 2, 30, 40], [5, 6, 7, 8]]))
+    truth = record.truth((30, 40))
+    assert isinstance(truth, BoxesTruth) and truth.boxes == ((1, 2, 30, 40), (5, 6, 7, 8))
+    with pytest.raises(InputError, match=r"row 0: box 0 is \(1, 2, 30, 40\); expected .* inside the image of 29 x 40 pixels"):
+        record.truth((29, 40))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("text", "row 1: "),
+        (row(truth=""), "row 1: ground_truth"),
+        (row(truth=[]), "row 1: ground_truth"),
+        (row(truth=[[1, 2, 3]]), "row 1: ground_truth"),
+        (row(truth=7), "row 1: ground_truth"),
+        ({"content": row()["content"]}, "row 1: ground_truth: Field required"),
+        (row() | {"content": [{"type": "video", "video": "a"}]}, "row 1: content.0"),
+        (row() | {"content": [{"type": "image"}]}, "row 1: content.0.image.image: Field required"),
+        (row(0), "row 1: content: no image"),
+        (row(text=" "), "row 1: content: no text"),
+    ],
+)
+def test_a_wrong_row_is_named_by_file_row_and_field(tmp_path: Path, wrong: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"questions.json {message}"):
+        read(tmp_path, row(), wrong)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "not JSON"), ("{}", "holds a dict; expected a list of rows")])
+def test_a_file_that_is_no_list_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "questions.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        list(read_authors(tmp_path / "questions.json"))
+    with pytest.raises(InputError, match="cannot be read"):
+        list(read_authors(tmp_path / "nothing.json"))
+
+
+def test_too_few_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="row 0: 3 images, but only 2 source names were given: visible, infrared"):
+        read(tmp_path, row(3), names=("visible", "infrared"))
+
+
+def completions(record: Record) -> dict[str, str]:
+    """A perfect, a wrong and an empty answer."""
+    if isinstance(record.answer, str):
+        other = {"Yes": "No", "No": "Yes"}[record.answer]
+        return {
+            "perfect": f"{THOUGHT}<answer>{record.answer}</answer>",
+            "wrong": f"{THOUGHT}<answer>{other}</answer>",
+            "empty": "",
+        }
+    far = [[x1 + 5000, y1 + 5000, x2 + 5000, y2 + 5000] for x1, y1, x2, y2 in record.answer]
+    return {"perfect": boxes_answer(record.answer), "wrong": boxes_answer(far), "empty": ""}
+
+
+def boxes_answer(boxes: Any) -> str:
+    entries = json.dumps([{"bbox_2d": [int(value) for value in box], "label": "person"} for box in boxes])
+    return f"{THOUGHT}<answer>```json\n{entries}\n```</answer>"
+
+
+def scored(record: Record, completion: str, recipe: str) -> Score:
+    truth = record.truth(LLVIP_SIZE_PX)
+    width, height = LLVIP_SIZE_PX
+    frame = None if isinstance(truth, TextTruth) else BoxFrame(kind=FrameKind.ORIGINAL, width=width, height=height)
+    return score(ScoreItem(completion=completion, truth=truth, frame=frame), recipe, what=record.where)
+
+
+@needs_reference_data
+@pytest.mark.parametrize(("name", "questions", "part"), [("llvip", 3463, "iou"), ("spatialqa", 80, "accuracy")])
+def test_every_question_of_the_authors_is_scored(name: str, questions: int, part: str, tables: Tables) -> None:
+    assert FOLDER is not None
+    records = list(read_authors(Path(FOLDER) / "mars_eval" / f"{name}_eval.json", ("first", "second")))
+    assert len(records) == questions and all(len(record.images) == 2 for record in records)
+    full_format = {"iou": 0.75, "accuracy": 0.5}[part]
+    for record in records:
+        found = {kind: scored(record, text, "paper") for kind, text in completions(record).items()}
+        assert {kind: value.parts[part] for kind, value in found.items()} == {"perfect": 1.0, "wrong": 0.0, "empty": 0.0}
+        assert [value.parts["format"] for value in found.values()] == [full_format, full_format, 0.0]
+        released = {kind: scored(record, text, "released").parts[part] for kind, text in completions(record).items()}
+        assert released["perfect"] >= 1.0 and released["wrong"] == released["empty"] == 0.0
+    tables.add("the authors' evaluation questions", file=name, scored=str(len(records)), answers="perfect, wrong, empty")
