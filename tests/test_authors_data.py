@@ -12,7 +12,7 @@ from conftest import Tables
 from mars_reward.registry import score
 from mars_shared.contracts import BoxesTruth, BoxFrame, FrameKind, Score, ScoreItem, TextTruth
 from mars_shared.errors import InputError
-from mars_trainer.datasets.authors import read_authors
+from mars_trainer.datasets.formats import read_records
 from mars_trainer.datasets.records import NamedPath, Record
 from reference_data import FOLDER, needs_reference_data
 
@@ -27,14 +27,14 @@ def row(images: int = 2, text: str = "Which?", truth: Any = "Yes", **more: Any) 
 
 def read(folder: Path, *rows: Any, names: tuple[str, ...] | None = None) -> list[Record]:
     (folder / "questions.json").write_text(json.dumps(rows))
-    return list(read_authors(folder / "questions.json", names))
+    return list(read_records(folder / "questions.json", "authors", names))
 
 
 def test_rows_become_records_with_any_number_of_images(tmp_path: Path) -> None:
     one, six = read(tmp_path, row(1, truth="two or 2"), row(6, truth="D", extra_info={"sample_id": "scene-7"}))
     assert one.images == (NamedPath("image-1", Path("data/0.jpg")),) and one.answer == "two or 2"
     assert [image.name for image in six.images] == [f"image-{n}" for n in range(1, 7)]
-    assert (one.record_id, six.record_id, six.question) == ("questions/0", "scene-7", "Which?")
+    assert (one.record_id, six.record_id, six.question) == ("0", "scene-7", "Which?")
 
 
 def test_sources_take_the_names_that_are_given(tmp_path: Path) -> None:
@@ -47,7 +47,9 @@ def test_boxes_become_a_truth_with_the_size_of_the_image(tmp_path: Path) -> None
     (record,) = read(tmp_path, row(truth=[[1, 2, 30, 40], [5, 6, 7, 8]]))
     truth = record.truth((30, 40))
     assert isinstance(truth, BoxesTruth) and truth.boxes == ((1, 2, 30, 40), (5, 6, 7, 8))
-    with pytest.raises(InputError, match=r"row 0: box 0 is \(1, 2, 30, 40\); expected .* inside the image of 29 x 40 pixels"):
+    with pytest.raises(
+        InputError, match=r"row 0: answer: box 0 is \(1, 2, 30, 40\); expected .* inside the image of 29 x 40 pixels"
+    ):
         record.truth((29, 40))
 
 
@@ -75,9 +77,9 @@ def test_a_wrong_row_is_named_by_file_row_and_field(tmp_path: Path, wrong: Any, 
 def test_a_file_that_is_no_list_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "questions.json").write_text(content)
     with pytest.raises(InputError, match=message):
-        list(read_authors(tmp_path / "questions.json"))
+        list(read_records(tmp_path / "questions.json", "authors"))
     with pytest.raises(InputError, match="cannot be read"):
-        list(read_authors(tmp_path / "nothing.json"))
+        list(read_records(tmp_path / "nothing.json", "authors"))
 
 
 def test_too_few_names_are_refused(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def scored(record: Record, completion: str, recipe: str) -> Score:
 @pytest.mark.parametrize(("name", "questions", "part"), [("llvip", 3463, "iou"), ("spatialqa", 80, "accuracy")])
 def test_every_question_of_the_authors_is_scored(name: str, questions: int, part: str, tables: Tables) -> None:
     assert FOLDER is not None
-    records = list(read_authors(Path(FOLDER) / "mars_eval" / f"{name}_eval.json", ("first", "second")))
+    records = list(read_records(Path(FOLDER) / "mars_eval" / f"{name}_eval.json", "authors", ("first", "second")))
     assert len(records) == questions and all(len(record.images) == 2 for record in records)
     full_format = {"iou": 0.75, "accuracy": 0.5}[part]
     for record in records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,12 @@ def make_scored(
     index: int = 0,
     answers: Sequence[tuple[int, ...]] = ANSWERS,
     mono_answer: tuple[int, ...] = (90, 2),
+    views: int | None = None,
 ) -> ScoredGroup:
-    """A group about a digits sample with the given answers, as a replica would have rendered it."""
+    """A group about a digits sample with the given answers, as a replica would have rendered it; `views` of one image."""
     sample = load_dataset("digits").test[index]
+    if views is not None:
+        sample = replace(sample, images={f"view-{number}": sample.images["visible"] for number in range(views)})
     blobs, policy = learner._blobs, learner._policy
     sources = tuple(Source(name=name, blob=blobs.put(data), media_type="image/png") for name, data in sample.images.items())
     prompt = Prompt(
@@ -94,12 +98,12 @@ def make_scored(
         sampling=sampling(4, 1),
         policy_version=V0,
     )
-    views = tuple(rendered(policy, sample, only) for only in (None, *sample.images))
+    shown = tuple(rendered(policy, sample, only) for only in (None, *sample.images))
     multi = [member(prompt, Kind.MULTI, None, i, ids) for i, ids in enumerate(answers)]
     mono = [member(prompt, Kind.MONO, name, 0, mono_answer) for name in sample.images]
     group = RolloutGroup(
         prompt=prompt,
-        views=views,
+        views=shown,
         completions=(*multi, *mono),
         policy_version=V0,
         weights_id="w",
@@ -237,6 +241,20 @@ def test_with_importance_correction_equal_probabilities_change_nothing_and_other
         step(learner, [as_sampled(learner, scored) if exact else scored])
         hashes[name] = learner.weights_hash()
     assert hashes["plain"] == hashes["equal"] != hashes["other"]
+
+
+def test_a_sample_with_six_views_and_one_with_a_single_source_train_in_one_batch(place: Path) -> None:
+    learner = make_learner(place)
+    groups = [
+        make_scored(learner, (1, 0, 0, 0), (0,) * 6, views=6),
+        make_scored(learner, (1, 0, 0, 0), (1,), index=1, views=1),
+        make_scored(learner, (0, 1, 0, 0), (1, 0), index=2),
+    ]
+    # Pools of 4 + 6, 4 + 1 and 4 + 2 rewards.
+    assert [credit_of(learner, scored).advantages.pool_mean for scored in groups] == pytest.approx([1 / 10, 2 / 5, 2 / 6])
+    before = learner.weights_hash()
+    assert step(learner, groups)["tokens"] == 3 * (3 + 2 + 4 + 2)
+    assert learner.weights_hash() != before
 
 
 def test_microbatches_change_a_step_by_rounding_alone(place: Path) -> None:

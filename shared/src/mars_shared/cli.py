@@ -96,6 +96,12 @@ def score(context: typer.Context) -> None:
     _module("mars_reward.offline", *context.args)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def data(context: typer.Context) -> None:
+    """Datasets: mars data check PATH [--sheet SHEET.png], mars data convert PATH OUT.jsonl (--help after either lists all)."""
+    _module("mars_trainer.data", *context.args)
+
+
 @app.command(name="eval")
 def evaluate(
     recipe_path: RecipePath,

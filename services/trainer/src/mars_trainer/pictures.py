@@ -20,6 +20,7 @@ from mars_shared.blobs import BlobStore
 from mars_shared.contracts import BoxesTruth, Completion, Kind, Score, ScoredGroup
 from mars_shared.images import open_image
 from mars_shared.telemetry import by_step
+from mars_trainer.datasets.records import Record
 
 _BOX = re.compile(r"\[\s*(-?\d{1,6}(?:\.\d{1,6})?(?:\s*,\s*-?\d{1,6}(?:\.\d{1,6})?){3})\s*\]")
 _MAX_PIXELS = 2**26
@@ -135,6 +136,28 @@ def _draw_boxes(axis: Axes, scored: ScoredGroup, answers: Sequence[tuple[Complet
         for match in _BOX.finditer(completion.text):
             x1, y1, x2, y2 = json.loads(f"[{match[1]}]")
             _rectangle(axis, (x1 * across, y1 * down, x2 * across, y2 * down), "red")
+
+
+def draw_records(records: Sequence[tuple[Record, Sequence[bytes]]], path: Path, *, title: str) -> None:
+    """A contact sheet: one row a question, its images side by side, true boxes green on the first."""
+    columns = max(len(images) for _, images in records)
+    figure, grid = plt.subplots(
+        len(records), columns, figsize=(3.2 * columns, 2.9 * len(records)), squeeze=False, constrained_layout=True
+    )
+    figure.suptitle(title)
+    for axes, (record, images) in zip(grid, records, strict=True):
+        for axis in axes:
+            axis.axis("off")
+        for axis, image, data in zip(axes, record.images, images, strict=False):
+            axis.imshow(open_image(data, what=record.where, max_pixels=_MAX_PIXELS))
+            axis.set_title(image.name, fontsize=7)
+        answer = record.answer if isinstance(record.answer, str) else f"{len(record.answer)} boxes"
+        axes[0].set_title("\n".join(textwrap.wrap(f"{record.question} {answer}".replace("$", r"\$"), 52)[:4]), fontsize=7)
+        if not isinstance(record.answer, str):
+            for box in record.answer:
+                _rectangle(axes[0], box, "lime")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def _rectangle(axis: Axes, box: Sequence[float], colour: str) -> None:

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from mars_shared.errors import InputError
-from mars_trainer.datasets.records import Box, NamedPath, Record, json_rows, parsed, source_names
+from mars_trainer.datasets.records import Box, Record, Row, name_images, shaped
 
 
 class _Image(BaseModel):
@@ -26,33 +25,29 @@ class _Text(BaseModel):
     text: str
 
 
-class _Row(BaseModel):
+class _Question(BaseModel):
     content: list[Annotated[_Image | _Text, Field(discriminator="type")]] = Field(min_length=1)
     ground_truth: Annotated[str, Field(min_length=1)] | Annotated[list[Box], Field(min_length=1)]
     extra_info: dict[str, Any] = {}
 
 
-def read_authors(path: Path, names: Sequence[str] | None = None) -> Iterator[Record]:
-    """The file's questions in order; images are named, not opened.
-
-    Args:
-        names: source names in image order, e.g. ("visible", "infrared"); None: image-1, image-2, ...
+def authors_record(row: Row, names: Sequence[str] | None) -> Record:
+    """A row as a record.
 
     Raises:
-        InputError: the file, or a row of it, is not of this form; names file, row and field.
+        InputError: the row is not of this form; names file, row and field.
     """
-    for index, (where, value) in enumerate(json_rows(path)):
-        row = parsed(_Row, value, where)
-        paths = [part.image for part in row.content if isinstance(part, _Image)]
-        question = "\n".join(part.text.strip() for part in row.content if isinstance(part, _Text)).strip()
-        if not paths:
-            raise InputError(f"{where}: content: no image; expected at least one part of type image")
-        if not question:
-            raise InputError(f"{where}: content: no text; expected a part of type text with the question")
-        yield Record(
-            where=where,
-            record_id=str(row.extra_info.get("sample_id", f"{path.stem}/{index}")),
-            question=question,
-            images=tuple(NamedPath(name, Path(p)) for name, p in zip(source_names(len(paths), names, where), paths, strict=True)),
-            answer=row.ground_truth if isinstance(row.ground_truth, str) else tuple(row.ground_truth),
-        )
+    found = shaped(_Question, row)
+    paths = [part.image for part in found.content if isinstance(part, _Image)]
+    question = "\n".join(part.text.strip() for part in found.content if isinstance(part, _Text)).strip()
+    if not paths:
+        raise InputError(f"{row.where}: content: no image; expected at least one part of type image")
+    if not question:
+        raise InputError(f"{row.where}: content: no text; expected a part of type text with the question")
+    return Record(
+        where=row.where,
+        record_id=str(found.extra_info.get("sample_id", row.number)),
+        question=question,
+        images=name_images(paths, names, row.where),
+        answer=found.ground_truth if isinstance(found.ground_truth, str) else tuple(found.ground_truth),
+    )

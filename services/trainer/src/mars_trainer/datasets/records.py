@@ -15,15 +15,25 @@ from mars_shared.errors import InputError
 from mars_shared.http import explain_validation
 
 Box = tuple[float, float, float, float]
-Row = TypeVar("Row", bound=BaseModel)
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a dataset file as it was read. `where` names file and row in errors."""
+
+    where: str
+    number: int
+    value: Any
 
 
 @dataclass(frozen=True)
 class NamedPath:
-    """An image of a record. `path` is as the file states it, below the dataset's image folder."""
+    """An image of a record; `path` is below the dataset's image folder, `blake3` of its bytes if the file states it."""
 
     name: str
     path: Path
+    blake3: str | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,6 @@ class Record:
     """A question as a dataset file states it.
 
     Attributes:
-        where: file and row, for errors: "llvip_eval.json row 17".
         images: in the order in which the question shows them.
         answer: the truth as text, or as boxes in pixels of the first image.
     """
@@ -50,54 +59,76 @@ class Record:
         """
         if isinstance(self.answer, str):
             return TextTruth(text=self.answer)
+        if faults := self.box_faults(size_px):
+            raise InputError("; ".join(faults))
         width, height = size_px
-        for index, (x1, y1, x2, y2) in enumerate(self.answer):
-            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-                raise InputError(
-                    f"{self.where}: box {index} is ({x1:g}, {y1:g}, {x2:g}, {y2:g}); expected x1 < x2 and y1 < y2 "
-                    f"inside the image of {width} x {height} pixels"
-                )
         return BoxesTruth(boxes=self.answer, width_px=width, height_px=height)
 
+    def box_faults(self, size_px: tuple[int, int]) -> list[str]:
+        """One line for each box of the answer that is inside out or lies outside the first image."""
+        width, height = size_px
+        boxes = () if isinstance(self.answer, str) else self.answer
+        return [
+            f"{self.where}: answer: box {index} is ({x1:g}, {y1:g}, {x2:g}, {y2:g}); expected x1 < x2 and y1 < y2 "
+            f"inside the image of {width} x {height} pixels"
+            for index, (x1, y1, x2, y2) in enumerate(boxes)
+            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height)
+        ]
 
-def source_names(count: int, given: Sequence[str] | None, where: str) -> tuple[str, ...]:
-    """Names of a row's images: the given ones, or image-1, image-2, ...
+
+def name_images(paths: Sequence[str], names: Sequence[str] | None, where: str) -> tuple[NamedPath, ...]:
+    """A row's images under the given source names, or as image-1, image-2, ...
 
     Raises:
         InputError: fewer names were given than the row has images.
     """
-    if given is None:
-        return tuple(f"image-{number}" for number in range(1, count + 1))
-    if len(given) < count:
-        raise InputError(f"{where}: {count} images, but only {len(given)} source names were given: {', '.join(given)}")
-    return tuple(given[:count])
+    chosen = names or [f"image-{number}" for number in range(1, len(paths) + 1)]
+    if len(chosen) < len(paths):
+        raise InputError(f"{where}: {len(paths)} images, but only {len(chosen)} source names were given: {', '.join(chosen)}")
+    return tuple(NamedPath(name, Path(path)) for name, path in zip(chosen, paths, strict=False))
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of every item of a JSON file that holds a list.
+def json_rows(path: Path) -> Iterator[Row]:
+    """The items of a JSON file that holds a list.
 
     Raises:
         InputError: the file cannot be read, is no JSON, or holds no list.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected a JSON file") from error
+        values = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     if not isinstance(values, list):
         raise InputError(f"{path}: holds a {type(values).__name__}; expected a list of rows")
-    for index, value in enumerate(values):
-        yield f"{path} row {index}", value
+    for number, value in enumerate(values):
+        yield Row(f"{path} row {number}", number, value)
 
 
-def parsed(row: type[Row], value: Any, where: str) -> Row:
-    """A row in the shape that its format asks for.
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    """The lines of a file, unparsed, without empty ones.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if line.strip():
+            yield Row(f"{path} line {number}", number, line)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a UTF-8 text file") from error
+
+
+def shaped(shape: type[Shape], row: Row) -> Shape:
+    """The row's value in the shape that its format asks for; a text is parsed as JSON first.
 
     Raises:
         InputError: a field is missing or wrong; names file, row and field.
     """
     try:
-        return row.model_validate(value)
+        return shape.model_validate_json(row.value) if isinstance(row.value, str) else shape.model_validate(row.value)
     except ValidationError as error:
-        raise InputError(f"{where}: {explain_validation(error.errors(include_url=False)[:5])}") from error
+        raise InputError(f"{row.where}: {explain_validation(error.errors(include_url=False)[:5])}") from error

@@ -1,0 +1,80 @@
+"""`mars data check PATH` and `mars data convert PATH OUT.jsonl`: datasets before they are trained on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mars_shared.errors import InputError, MarsError
+from mars_trainer.datasets.check import Findings, check, image_bytes
+from mars_trainer.datasets.formats import FORMATS, format_of, read_records
+from mars_trainer.datasets.jsonl import jsonl_line
+
+SHOWN = 8
+"""Questions on a contact sheet."""
+MAX_PIXELS = 4096 * 4096
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check or convert; returns the exit code, which is 3 if a row has a fault."""
+    options = _parser().parse_args(arguments)
+    names = options.sources.split(",") if options.sources else None
+    try:
+        format = options.format or format_of(options.path)
+        if options.command == "convert":
+            return _convert(options.path, format, names, options.out)
+        images = options.images or (options.path if options.path.is_dir() else options.path.parent)
+        findings = check(options.path, format, images=images, names=names, max_pixels=options.max_pixels)
+        _report(findings, options.path, format)
+        if options.sheet and findings.good:
+            _draw(findings, images, options.sheet, title=f"{options.path.name}, {format}")
+    except MarsError as error:
+        sys.stderr.write(f"mars: {error}\n")
+        return error.exit_code
+    return InputError.exit_code if findings.faults else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mars data", description="Check datasets, and convert them to our own JSON lines.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("check", "find every fault of every row"), ("convert", "write our own JSON lines")):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("path", type=Path, metavar="PATH", help="a file, or the folder of LLVIP")
+        command.add_argument("--format", choices=sorted(FORMATS), help="default: what the file looks like")
+        command.add_argument("--sources", metavar="A,B", help="source names in image order, e.g. visible,infrared")
+        if name == "convert":
+            command.add_argument("out", type=Path, metavar="OUT.jsonl")
+        else:
+            command.add_argument("--images", type=Path, help="folder that image paths are below; default: the file's own")
+            command.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="an image with more is a fault")
+            command.add_argument("--sheet", type=Path, metavar="SHEET.png", help="write a contact sheet of the first good rows")
+    return parser
+
+
+def _report(findings: Findings, path: Path, format: str) -> None:
+    lines = [*findings.faults, f"{path}: {findings.rows} rows of format {format}, {len(findings.good)} without a fault"]
+    lines += [f"  {name}: {value}" for name, value in findings.statistics().items()]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _draw(findings: Findings, images: Path, sheet: Path, *, title: str) -> None:
+    from mars_trainer.pictures import draw_records
+
+    shown = [record for record, _ in findings.good[:SHOWN]]
+    draw_records(
+        [(record, [image_bytes(record, image, images) for image in record.images]) for record in shown], sheet, title=title
+    )
+    sys.stdout.write(f"contact sheet: {sheet}\n")
+
+
+def _convert(path: Path, format: str, names: Sequence[str] | None, out: Path) -> int:
+    lines = [jsonl_line(record) for record in read_records(path, format, names)]
+    out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    sys.stdout.write(f"{out}: {len(lines)} questions; image paths as in {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Looks at every row of a dataset: all faults at once, and what the dataset is like."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blake3 import blake3
+
+from mars_shared.errors import InputError
+from mars_shared.images import open_image
+from mars_trainer.datasets.formats import FORMATS
+from mars_trainer.datasets.records import NamedPath, Record
+
+SizePx = tuple[int, int]
+PromptLength = Callable[[Record, Sequence[SizePx]], int]
+"""Tokens of a record's multi-source prompt, from its images' sizes."""
+
+
+@dataclass
+class Findings:
+    """What a check found. `faults` has one line each, with file, row and field."""
+
+    rows: int = 0
+    faults: list[str] = field(default_factory=list)
+    good: list[tuple[Record, tuple[SizePx, ...]]] = field(default_factory=list)
+    """Records without a fault, with their images' sizes."""
+
+    def statistics(self) -> dict[str, str]:
+        """What the good records are like, by name; empty if there are none."""
+        if not self.good:
+            return {}
+        sources = Counter(len(record.images) for record, _ in self.good)
+        names = Counter(image.name for record, _ in self.good for image in record.images)
+        sides = [size for _, sizes in self.good for size in sizes]
+        boxes = [len(record.answer) for record, _ in self.good if not isinstance(record.answer, str)]
+        texts = Counter(record.answer for record, _ in self.good if isinstance(record.answer, str))
+        found = {
+            "images a question": _counted(sources),
+            "source names": _counted(names),
+            "image width": _spread([width for width, _ in sides]),
+            "image height": _spread([height for _, height in sides]),
+        }
+        if boxes:
+            found["boxes a question"] = _spread(boxes)
+        if texts:
+            found["answers"] = f"{len(texts)} different; most frequent: {_counted(texts)}"
+        return found
+
+
+def check(
+    path: Path,
+    format: str,
+    *,
+    images: Path,
+    names: Sequence[str] | None = None,
+    max_pixels: int,
+    prompt_length: PromptLength | None = None,
+    max_prompt_length: int = 0,
+) -> Findings:
+    """Read every row, open every image, compare every box with its image.
+
+    Args:
+        images: folder that image paths are below.
+        prompt_length: if given, a prompt of more than `max_prompt_length` tokens is a fault.
+
+    Raises:
+        InputError: the file or folder as a whole cannot be read.
+    """
+    findings, seen = Findings(), dict[str, str]()
+    known = FORMATS[format]
+    for row in known.rows(path):
+        findings.rows += 1
+        try:
+            record = known.record(row, names)
+        except InputError as error:
+            findings.faults.append(str(error))
+            continue
+        sizes, faults = _sizes(record, images, max_pixels)
+        if record.record_id in seen:
+            faults.append(f"{record.where}: id {record.record_id!r} is that of {seen[record.record_id]} too")
+        seen.setdefault(record.record_id, record.where)
+        if sizes[0] is not None:
+            faults += record.box_faults(sizes[0])
+        known_sizes = tuple(size for size in sizes if size is not None)
+        if prompt_length is not None and len(known_sizes) == len(sizes):
+            length = prompt_length(record, known_sizes)
+            if length > max_prompt_length:
+                faults.append(f"{record.where}: the prompt has {length} tokens; expected at most {max_prompt_length}")
+        findings.faults += faults
+        if not faults:
+            findings.good.append((record, known_sizes))
+    return findings
+
+
+def image_bytes(record: Record, image: NamedPath, folder: Path) -> bytes:
+    """An image's encoded bytes.
+
+    Raises:
+        InputError: the file is missing, outside the folder, or has another hash than stated.
+    """
+    what = f"{record.where}: source {image.name!r}"
+    file = (folder / image.path).resolve()
+    if not file.is_relative_to(folder.resolve()):
+        raise InputError(f"{what}: {image.path} lies outside the image folder {folder}")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{what}: {file} cannot be read ({error.strerror})") from error
+    if image.blake3 is not None and (actual := blake3(data).hexdigest()) != image.blake3:
+        raise InputError(f"{what}: {file} has blake3 {actual}; expected {image.blake3}")
+    return data
+
+
+def _sizes(record: Record, folder: Path, max_pixels: int) -> tuple[list[SizePx | None], list[str]]:
+    """The images' sizes, None for one that cannot be opened, and a fault for each of those."""
+    sizes: list[SizePx | None] = []
+    faults = []
+    for image in record.images:
+        try:
+            data = image_bytes(record, image, folder)
+            sizes.append(open_image(data, what=f"{record.where}: source {image.name!r}", max_pixels=max_pixels).size)
+        except InputError as error:
+            sizes.append(None)
+            faults.append(str(error))
+    return sizes, faults
+
+
+def _counted(counter: Counter[str] | Counter[int], most: int = 5) -> str:
+    shown = ", ".join(f"{value} ({count})" for value, count in counter.most_common(most))
+    return shown + (", ..." if len(counter) > most else "")
+
+
+def _spread(values: Sequence[int]) -> str:
+    return f"{min(values)} to {max(values)}, median {statistics.median(values):g}"

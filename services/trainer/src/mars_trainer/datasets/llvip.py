@@ -1,0 +1,73 @@
+"""LLVIP as it is published: Annotations/*.xml (VOC), visible/{train,test}/*.jpg, infrared/{train,test}/*.jpg."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from mars_shared.errors import InputError
+from mars_trainer.datasets.records import Box, Record, Row, name_images
+
+QUESTION = "Detect every person in the scene that these images show."
+SOURCES = ("visible", "infrared")
+SPLITS = ("train", "test")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def llvip_rows(folder: Path) -> Iterator[Row]:
+    """One row for each annotation file, in order of name; `value` is its path.
+
+    Raises:
+        InputError: the folder has no annotations.
+    """
+    files = sorted((folder / "Annotations").glob("*.xml"))
+    if not files:
+        raise InputError(f"{folder}: no Annotations/*.xml; expected the folder of LLVIP")
+    for number, file in enumerate(files):
+        yield Row(str(file), number, file)
+
+
+def llvip_record(row: Row, names: Sequence[str] | None) -> Record:
+    """An annotation and its two images.
+
+    Raises:
+        InputError: the file is no VOC annotation with a person, or neither split has its visible image.
+    """
+    file: Path = row.value
+    folder = file.parent.parent
+    split = next((split for split in SPLITS if (folder / "visible" / split / f"{file.stem}.jpg").is_file()), None)
+    if split is None:
+        raise InputError(f"{row.where}: visible/train and visible/test have no {file.stem}.jpg")
+    return Record(
+        where=row.where,
+        record_id=f"{split}/{file.stem}",
+        question=QUESTION,
+        images=name_images([f"{kind}/{split}/{file.stem}.jpg" for kind in SOURCES], names or SOURCES, row.where),
+        answer=_boxes(file, row.where),
+    )
+
+
+def _boxes(file: Path, where: str) -> tuple[Box, ...]:
+    try:
+        root = ElementTree.fromstring(file.read_bytes())
+    except (OSError, ElementTree.ParseError) as error:
+        raise InputError(f"{where}: not XML ({error}); expected a VOC annotation") from error
+    boxes = tuple(_box(item, f"{where}: object {index}") for index, item in enumerate(root.iter("object")))
+    if not boxes:
+        raise InputError(f"{where}: no object; expected at least one person")
+    return boxes
+
+
+def _box(item: ElementTree.Element, where: str) -> Box:
+    values = []
+    for corner in CORNERS:
+        text = item.findtext(f"bndbox/{corner}")
+        if text is None:
+            raise InputError(f"{where}: bndbox/{corner} is missing")
+        try:
+            values.append(float(text))
+        except ValueError as error:
+            raise InputError(f"{where}: bndbox/{corner} is {text!r}; expected a number") from error
+    x1, y1, x2, y2 = values
+    return x1, y1, x2, y2
