@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
@@ -20,6 +20,7 @@ from mars_shared.contracts import Decoding, Purpose, Score, ScoredGroup, TextTru
 from mars_shared.errors import InputError, MediaTypeError
 from mars_shared.settings import Recipe
 from mars_trainer.algorithm.advantages import mars_advantages
+from mars_trainer.algorithm.bootstrap import mean_interval
 from mars_trainer.datasets.base import Sample
 from mars_trainer.dispatch import PromptMaker, place_of
 from mars_trainer.evaluate import metric_of, summarise
@@ -50,7 +51,9 @@ def test_multi_mono_and_union_by_hand() -> None:
     # Union: per sample the best of the single sources: 0, 1, 1, 1, 0.
     assert (result.samples, result.multi, result.mono, result.union) == (5, 0.4, {"visible": 0.4, "infrared": 0.4}, 0.6)
     assert result.multi_minus_union == pytest.approx(-0.2)
-    assert result.as_dict() == {
+    named = result.as_dict()
+    assert set(named.pop("intervals")) == {"multi", "mono/visible", "mono/infrared", "union", "multi_minus_union"}
+    assert named == {
         "samples": 5,
         "multi": 0.4,
         "mono": {"visible": 0.4, "infrared": 0.4},
@@ -73,11 +76,39 @@ def test_a_source_counts_over_the_samples_that_have_it() -> None:
     assert result.union == 1.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1, max_size=6))
 def test_no_single_source_beats_the_union(values: list[tuple[float, float, float]]) -> None:
     result = summarise([answered(m, {"visible": v, "infrared": i}) for m, v, i in values])
     assert result.union >= max(result.mono.values()) - 1e-9
     assert 0 <= result.multi <= 1 and result.multi_minus_union == result.multi - result.union
+
+
+def test_intervals_are_of_paired_differences() -> None:
+    """Multi is 0.25 below the union on every sample, however much both vary: no doubt about the difference."""
+    groups = [answered(value, {"visible": value + 0.25, "infrared": 0}, index=i) for i, value in enumerate((0, 0.5, 0.75, 0.25))]
+    result = summarise(groups)
+    assert result.intervals["multi_minus_union"] == pytest.approx((-0.25, -0.25))
+    low, high = result.intervals["multi"]
+    assert low < result.multi < high
+    assert result.intervals["mono/infrared"] == (0.0, 0.0)
+    assert summarise(groups).intervals == result.intervals
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=20))
+def test_an_interval_lies_within_the_values_and_around_their_mean(values: list[float]) -> None:
+    low, high = mean_interval(values, resamples=200)
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    assert mean_interval(values, resamples=200) == (low, high)
+
+
+def test_an_interval_has_the_width_that_theory_gives() -> None:
+    # 400 values, half 0 and half 1: standard error 0.5 / 20 = 0.025, so about 0.5 -+ 1.96 * 0.025.
+    low, high = mean_interval([0.0, 1.0] * 200, resamples=4000)
+    assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
+    with pytest.raises(ValueError, match="at least one value"):
+        mean_interval([])
 
 
 def test_the_metric_is_accuracy_or_iou_and_never_the_format() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mars_shared.contracts import Kind, PolicyVersion, Score, ScoredGroup
 from mars_shared.errors import InputError
+from mars_trainer.algorithm.bootstrap import Interval, mean_interval
 from mars_trainer.datasets.base import Sample
 from mars_trainer.dispatch import PromptMaker
 from mars_trainer.exchange import Answer, Exchange
@@ -30,6 +31,8 @@ class Evaluation:
     mono: Mapping[str, float]
     union: float
     parsed: float
+    intervals: Mapping[str, Interval]
+    """95 % bootstrap intervals of "multi", "mono/<source>", "union" and, paired by sample, "multi_minus_union"."""
 
     @property
     def multi_minus_union(self) -> float:
@@ -72,7 +75,10 @@ def summarise(groups: Sequence[ScoredGroup]) -> Evaluation:
                 mono.setdefault(completion.source, []).append(value)
                 best = max(best, value)
         union.append(best)
+    series = {"multi": multi, "union": union, "multi_minus_union": [m - u for m, u in zip(multi, union, strict=True)]}
+    series |= {f"mono/{name}": values for name, values in mono.items()}
     return Evaluation(
+        intervals={name: mean_interval(values) for name, values in series.items()},
         samples=len(groups),
         multi=_mean(multi),
         mono={name: _mean(values) for name, values in mono.items()},

@@ -74,21 +74,23 @@ def summarise_run(events: list[dict[str, Any]], *, seed: int) -> dict[str, Any]:
 
 
 def _result(evaluation: dict[str, Any]) -> dict[str, Any]:
-    return {key: evaluation[key] for key in ("samples", "multi", "mono", "union", "parsed", "multi_minus_union")}
+    return {key: evaluation[key] for key in ("samples", "multi", "mono", "union", "parsed", "multi_minus_union", "intervals")}
 
 
 def _results_table(summary: dict[str, Any]) -> Table:
     before, after = summary["before"], summary["after"]
     table = Table(title=f"held-out samples: {after['samples']}, greedy")
-    for column in ("", "before", "after", "change"):
+    for column in ("", "before", "after", "95 %", "change"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = [("Multi", before["multi"], after["multi"])]
-    rows += [(f"Mono {name}", before["mono"][name], after["mono"][name]) for name in after["mono"]]
-    rows += [("Union", before["union"], after["union"])]
-    rows += [("Multi - Union", before["multi_minus_union"], after["multi_minus_union"])]
-    rows += [("answers parsed", before["parsed"], after["parsed"])]
-    for name, old, new in rows:
-        table.add_row(name, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+    rows = [("Multi", "multi", before["multi"], after["multi"])]
+    rows += [(f"Mono {name}", f"mono/{name}", before["mono"][name], after["mono"][name]) for name in after["mono"]]
+    rows += [("Union", "union", before["union"], after["union"])]
+    rows += [("Multi - Union", "multi_minus_union", before["multi_minus_union"], after["multi_minus_union"])]
+    rows += [("answers parsed", "", before["parsed"], after["parsed"])]
+    for title, key, old, new in rows:
+        interval = after["intervals"].get(key)
+        shown = "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+        table.add_row(title, f"{old:.3f}", f"{new:.3f}", shown, f"{new - old:+.3f}")
     return table
 
 
