@@ -43,8 +43,10 @@ def main() -> int:
         FOR.write_text(made_for(stack))
     STAMP.unlink(missing_ok=True)
     if stack == "cpu":
+        say("1 of 2: PyTorch for CPUs")
         install_cpu_torch()
     constraints = ROOT / "deploy" / f"constraints-{stack}.txt"
+    say("2 of 2: mars, vLLM and the tools of its tests; the longest part")
     install("-c", constraints, *editable("cuda" if stack == "cuda" else "cpu"), "-r", ROOT / "deploy" / "requirements-dev.txt")
     if stack == "cpu":
         remove_unusable_audio()

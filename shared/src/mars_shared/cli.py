@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from mars_shared.cpu import WorkMeter
 from mars_shared.errors import ConfigError, MarsError
 from mars_shared.progress import EventTail, RunDisplay
 from mars_shared.settings import Recipe, load_deployment, load_recipe
-from mars_shared.stack import TRAINER, Ports, StackState, TrainerMode, read_state, running_stack
+from mars_shared.stack import TRAINER, Ports, StackState, TrainerMode, read_state, running_stack, service_url
 from mars_shared.telemetry import EventLog
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -79,9 +79,18 @@ def demo(
     if recipe.run.dir.exists():
         if read_state(recipe.run.dir) is not None:
             raise ConfigError(f"a demo runs in {recipe.run.dir} already; stop it first")
-        shutil.rmtree(recipe.run.dir)
+        console.print(f"the demo before is kept in {_put_aside(recipe.run.dir)}", highlight=False, soft_wrap=True)
     _run(recipe_path, recipe, port, trainer="once")
     _module("mars_trainer.report", "--recipe", str(recipe_path))
+
+
+def _put_aside(folder: Path) -> Path:
+    """Rename a run's folder to the first of <folder>-1, <folder>-2, ... that is free."""
+    for number in count(1):
+        aside = folder.with_name(f"{folder.name}-{number}")
+        if not aside.exists():
+            return folder.rename(aside)
+    raise AssertionError("numbers do not end")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -116,7 +125,9 @@ def evaluate(
 def rollout(
     question: Annotated[str, typer.Argument(help="what to ask about the images")],
     image: Annotated[list[str], typer.Option("--image", help="NAME=FILE, once per source, in order")],
-    truth: Annotated[str | None, typer.Option(help="the right answer: text, or boxes as [[x1, y1, x2, y2], ...]")] = None,
+    truth: Annotated[
+        str | None, typer.Option(help="the right answer: a text, or a JSON list of boxes, each a list of x1, y1, x2, y2")
+    ] = None,
     num_generations: Annotated[int | None, typer.Option("--num-generations", "-g", help="multi-source completions")] = None,
     num_mono: Annotated[int | None, typer.Option("--num-mono", "-m", help="mono-source completions of each source")] = None,
     mono_decoding: Annotated[
@@ -166,10 +177,13 @@ def _run(recipe_path: Path, recipe: Recipe, port: int, *, trainer: TrainerMode) 
     display.say(f"starting {recipe.run.name}: {recipe.rollout.replicas} rollout replica(s), logs in {recipe.run.dir}/logs")
     with _interruptible(), running_stack(recipe_path, recipe, ports=Ports(port), trainer=trainer, say=display.say) as supervisor:
         try:
-            done = False
+            done = said = False
             while not done:
                 supervisor.poll()
                 done = supervisor.finished(TRAINER)
+                if trainer == "linger" and not said and supervisor.all_ready:
+                    said = True
+                    display.say(f"serving on {service_url(load_deployment().host, port)}; Ctrl-C ends everything")
                 for event in tail.new():
                     display.show(event)
                     meter.see(event, supervisor.pids().values())
@@ -222,7 +236,7 @@ def _print_rollouts(answer: dict[str, Any]) -> None:
     version = group["policy_version"]
     table = Table(title=f"policy {version['incarnation']}.{version['step']}")
     for column in ("kind", "source", "completion", *(("reward", "parts") if scored else ())):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for index, completion in enumerate(group["completions"]):
         row = [completion["kind"], completion["source"] or "all", completion["text"]]
         if scored:

@@ -125,7 +125,10 @@ def running_stack(
 
 def _check_ports(host: str, ports: Ports, recipe: Recipe) -> None:
     for port in (ports.reward, ports.trainer, *(ports.rollout(index) for index in range(recipe.rollout.replicas))):
-        bind(host, port).close()
+        try:
+            bind(host, port).close()
+        except ConfigError as error:
+            raise ConfigError(f"{error}: --port N moves replicas to N and up, reward to N + 100, trainer to N + 200") from error
 
 
 async def _check_redis(url: str) -> None:

@@ -118,9 +118,14 @@ class Supervisor:
                     running.quick_deaths = 0
                     self._say(f"{running.service.name} is ready")
 
+    @property
+    def all_ready(self) -> bool:
+        """Whether every service is ready or finished."""
+        return all(running.ready or running.finished for running in self._running.values())
+
     def wait_ready(self) -> None:
         """Poll until every service is ready or finished."""
-        while not all(running.ready or running.finished for running in self._running.values()):
+        while not self.all_ready:
             self.poll()
             time.sleep(POLL_S)
 

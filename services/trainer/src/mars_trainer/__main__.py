@@ -16,6 +16,7 @@ from mars_shared.blobs import BlobStore
 from mars_shared.contracts import PolicyVersion, Purpose
 from mars_shared.errors import ConfigError, MarsError
 from mars_shared.http import HttpServer, bind
+from mars_shared.model_folder import check_model_folder
 from mars_shared.queue import Queue
 from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
 from mars_shared.telemetry import EventLog, configure_logging
@@ -110,9 +111,10 @@ def build_run(recipe: Recipe, queue: Queue) -> TrainingRun:
     weights = WeightsStore(recipe.run.dir / "weights")
     weights.sweep()
     checkpoints = CheckpointStore(recipe.run.dir / "checkpoints", keep=recipe.train.keep_checkpoints)
-    learner = Learner(recipe, blobs)
+    check_model_folder(recipe.model.path)
     fingerprint = model_fingerprint(recipe.model.path)
     newest = checkpoints.load_newest(run=recipe.run.name, model=fingerprint)
+    learner = Learner(recipe, blobs)
     head = weights.head()
     incarnation = 1 + max(newest.ledger.version.incarnation if newest else 0, head.version.incarnation if head else 0)
     version = PolicyVersion(incarnation=incarnation, step=newest.ledger.version.step if newest else 0)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from PIL import Image
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -32,8 +34,18 @@ def draw_curves(events: Sequence[dict[str, Any]], path: Path, *, title: str) -> 
     steps, evaluations = by_step(events, "step"), by_step(events, "evaluation")
     figure, ((reward, gain), (held_out, time)) = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
     figure.suptitle(title)
+    reward.set_ylabel("reward of multi-source answers")
+    gain.set_ylabel("gain; share of groups")
     _plot_metrics(reward, steps, {"reward": "multi-source reward"})
-    _plot_metrics(gain, steps, {"gain": "gain", "conflict_rate": "conflict rate", "promotion_rate": "promotion rate"})
+    _plot_metrics(
+        gain,
+        steps,
+        {
+            "gain": "gain: multi minus mono reward",
+            "conflict_rate": "conflicts: gain < 0",
+            "promotion_rate": "promotions: gain > 0",
+        },
+    )
     gain.axhline(0, color="grey", linewidth=0.8)
     _plot_evaluations(held_out, evaluations)
     time.stackplot(
@@ -71,7 +83,7 @@ def _plot_evaluations(axes: Axes, evaluations: Sequence[dict[str, Any]]) -> None
     axes.plot(x, [event["union"] for event in evaluations], "s--", label="Union")
     for name in evaluations[0]["mono"]:
         axes.plot(x, [event["mono"][name] for event in evaluations], ".:", label=f"Mono {name}")
-    axes.set_ylabel("held-out")
+    axes.set_ylabel("held-out accuracy or mIoU")
     axes.set_ylim(0, 1)
 
 
@@ -81,7 +93,8 @@ def draw_groups(groups: Sequence[ScoredGroup], blobs: BlobStore, path: Path, *, 
     figure, grid = plt.subplots(
         len(groups), columns, figsize=(3.2 * columns, 2.9 * len(groups)), squeeze=False, constrained_layout=True
     )
-    figure.suptitle(f"{title}: true boxes green, answered boxes red")
+    boxes = any(isinstance(scored.group.prompt.truth, BoxesTruth) for scored in groups)
+    figure.suptitle(f"{title}; the number is an answer's reward" + ("; true boxes green, answered ones red" if boxes else ""))
     for axes, scored in zip(grid, groups, strict=True):
         _draw_group(axes, scored, blobs)
     figure.savefig(path, dpi=90)
@@ -99,11 +112,17 @@ def _draw_group(axes: Sequence[Axes], scored: ScoredGroup, blobs: BlobStore) -> 
         axis.set_title(_caption(source.name, answers), fontsize=7)
         _draw_boxes(axis, scored, answers[:1])
     last = axes[len(prompt.sources)]
-    image = open_image(blobs.get(prompt.sources[0].blob), what=prompt.prompt_id, max_pixels=_MAX_PIXELS)
-    last.imshow(image, alpha=0.35)
+    images = [open_image(blobs.get(source.blob), what=prompt.prompt_id, max_pixels=_MAX_PIXELS) for source in prompt.sources]
+    last.imshow(_blended(images))
     answers = _answers(scored, Kind.MULTI, None)
     last.set_title(_caption("all sources", answers) + f"\n{_truth(scored)}", fontsize=7)
     _draw_boxes(last, scored, answers[:1])
+
+
+def _blended(images: Sequence[Image.Image]) -> Image.Image:
+    """The mean of all images, at the first one's size."""
+    same = [np.asarray(image.resize(images[0].size), dtype=np.float32) for image in images]
+    return Image.fromarray(np.mean(same, axis=0).astype(np.uint8))
 
 
 def _answers(scored: ScoredGroup, kind: Kind, source: str | None) -> list[tuple[Completion, Score]]:
