@@ -7,19 +7,16 @@ ground-truth objects, of the IoU of the prediction that the optimal assignment g
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from mars_reward.rewards.format import answers_of, fenced_json_of, score_format
+from mars_reward.rewards.boxes import Box, answered_list, pairwise_iou
+from mars_reward.rewards.format import score_format
 from mars_shared.contracts import BoxesTruth, BoxFrame
 from mars_shared.errors import InputError
-
-Box = tuple[float, float, float, float]
 
 MAX_OBJECTS = 512
 """Ground-truth objects of one item; the assignment is cubic in them."""
@@ -28,9 +25,6 @@ NO_FRAME = "frame is missing; expected the box frame of the completion's view, t
 
 MAX_COORDINATE_PX = 1e6
 """A coordinate beyond this isn't one; it keeps every area finite."""
-
-_REPAIRS = (("'bbox_2d'", '"bbox_2d"'), ("'[", "["), ("]'", "]"))
-"""Slips of real models that leave the meaning clear."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +74,7 @@ def read_boxes(completion: str, *, max_entries: int) -> list[Box] | None:
     nested too deep, no list, more than `max_entries` entries, entries of which none is usable.
     An empty list is read as "no object".
     """
-    answers = answers_of(completion)
-    fenced = fenced_json_of(answers[0] if answers else completion)
-    entries = _load_list(fenced[0]) if fenced else None
+    entries = answered_list(completion)
     if entries is None or len(entries) > max_entries:
         return None
     boxes = [box for entry in entries if (box := _as_box(entry)) is not None]
@@ -97,21 +89,9 @@ def mean_assigned_iou(predicted: list[Box], objects: tuple[Box, ...]) -> float:
     """
     if not predicted:
         return 0.0
-    iou_PT = pairwise_iou(np.array(predicted, dtype=np.float64), np.array(objects, dtype=np.float64))
+    iou_PT = pairwise_iou(predicted, objects, np.float64)
     rows, columns = linear_sum_assignment(iou_PT, maximize=True)
     return float(iou_PT[rows, columns].sum()) / len(objects)
-
-
-def pairwise_iou(predicted_P4: NDArray[np.float64], objects_T4: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Intersection over union of every prediction with every object, [P, T]."""
-    top_left = np.maximum(predicted_P4[:, None, :2], objects_T4[None, :, :2])
-    bottom_right = np.minimum(predicted_P4[:, None, 2:], objects_T4[None, :, 2:])
-    overlap_PT = np.clip(bottom_right - top_left, 0, None).prod(axis=-1)
-    area_P = (predicted_P4[:, 2:] - predicted_P4[:, :2]).prod(axis=-1)
-    area_T = (objects_T4[:, 2:] - objects_T4[:, :2]).prod(axis=-1)
-    union_PT = area_P[:, None] + area_T[None, :] - overlap_PT
-    result: NDArray[np.float64] = overlap_PT / union_PT
-    return result
 
 
 def check_objects(truth: BoxesTruth) -> None:
@@ -122,17 +102,6 @@ def check_objects(truth: BoxesTruth) -> None:
         x1, y1, x2, y2 = box
         if not _is_box(box) or (x2 - x1) * (y2 - y1) <= 0:
             raise InputError(f"truth box {index} is {box}; expected an area and coordinates up to {MAX_COORDINATE_PX:.0f} px")
-
-
-def _load_list(text: str) -> list[object] | None:
-    for wrong, right in _REPAIRS:
-        text = text.replace(wrong, right)
-    try:
-        # Integers become floats, so that a million digits cost linear time and end as infinity.
-        value = json.loads(text, parse_int=float)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, list) else None
 
 
 def _as_box(entry: object) -> Box | None:

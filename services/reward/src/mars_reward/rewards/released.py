@@ -6,24 +6,20 @@ objects can earn more than 1. Where the released code raises, the accuracy is 0.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from mars_reward.rewards.format import answers_of, fenced_json_of, score_format
-
-Box = tuple[float, float, float, float]
+from mars_reward.rewards.boxes import Box, answered_list, pairwise_iou
+from mars_reward.rewards.format import answers_of, score_format
 
 MIN_IOU = 0.3
 """An IoU counts only above this."""
 MAX_ENTRIES = 4096
 """More than any completion can list; the assignment takes memory in proportion to entries times objects."""
-_REPAIRS = (("'bbox_2d'", '"bbox_2d"'), ("'[", "["), ("]'", "]"))
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ def released_grounding(completion: str, objects: Sequence[Box], *, scale: tuple[
         objects: ground truth in pixels, at least one.
         scale: (x, y), what the completion's coordinates are multiplied by to be in those pixels.
     """
-    entries = _entries(completion)
+    entries = answered_list(completion)
     predicted = [box for entry in entries or () if (box := _box(entry, scale)) is not None]
     return ReleasedGrounding(
         format=score_format(completion, expect_json=True).total,
@@ -75,23 +71,6 @@ def _contain_each_other(answer: str, truth: str) -> bool:
     return truth in answer or answer in truth
 
 
-def _entries(completion: str) -> list[object] | None:
-    """The list in the first json block of the first answer, or of the whole text; None if there is none."""
-    answers = answers_of(completion)
-    fenced = fenced_json_of(answers[0] if answers else completion)
-    if not fenced:
-        return None
-    text = fenced[0]
-    for wrong, right in _REPAIRS:
-        text = text.replace(wrong, right)
-    try:
-        # Integers become floats, so that a million digits cost linear time.
-        value = json.loads(text, parse_int=float)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, list) else None
-
-
 def _box(entry: object, scale: tuple[float, float]) -> Box | None:
     corners = entry.get("bbox_2d") if isinstance(entry, dict) else None
     if not isinstance(corners, list) or len(corners) != 4 or not all(isinstance(value, float) for value in corners):
@@ -103,24 +82,9 @@ def _box(entry: object, scale: tuple[float, float]) -> Box | None:
 def _iou_part(predicted: Sequence[Box], num_entries: int, objects: Sequence[Box]) -> float:
     if not predicted or num_entries > MAX_ENTRIES:
         return 0.0
-    iou_PT = _pairwise_iou(predicted, objects)
+    iou_PT = pairwise_iou(predicted, objects, np.float32)
     rows, columns = linear_sum_assignment(iou_PT, maximize=True)
     found = math.fsum(float(iou) for iou in iou_PT[rows, columns] if iou > MIN_IOU)
     bonus = 1 + 0.3 * math.log(len(objects))
     surplus = max(num_entries - len(objects), 0) / len(objects)
     return max(found / len(objects) * bonus - min(0.5 * surplus, 1.0), 0.0)
-
-
-def _pairwise_iou(predicted: Sequence[Box], objects: Sequence[Box]) -> NDArray[np.float32]:
-    """[P, T] in float32; 0 where the union is not positive or not finite, since boxes may be inside out."""
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        boxes_P4, objects_T4 = np.array(predicted, dtype=np.float32), np.array(objects, dtype=np.float32)
-        sides = np.minimum(boxes_P4[:, None, 2:], objects_T4[None, :, 2:]) - np.maximum(
-            boxes_P4[:, None, :2], objects_T4[None, :, :2]
-        )
-        overlap_PT = np.maximum(sides, 0).prod(axis=-1)
-        area_P = (boxes_P4[:, 2:] - boxes_P4[:, :2]).prod(axis=-1)
-        area_T = (objects_T4[:, 2:] - objects_T4[:, :2]).prod(axis=-1)
-        union_PT = area_P[:, None] + area_T[None, :] - overlap_PT
-        iou_PT = np.where(union_PT > 0, overlap_PT / union_PT, 0).astype(np.float32)
-    return np.nan_to_num(iou_PT, nan=0.0, posinf=0.0, neginf=0.0)

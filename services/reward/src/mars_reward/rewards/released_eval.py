@@ -10,12 +10,10 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from mars_reward.rewards.boxes import Box, pairwise_iou
 from mars_reward.rewards.format import answers_of, fenced_json_of
-
-Box = tuple[float, float, float, float]
 
 _INT, _DECIMAL = r"(\d+)", r"(\d+\.\d+)"
 _PATTERNS = tuple(
@@ -45,7 +43,7 @@ def released_miou(completion: str, objects: Sequence[Box]) -> float | None:
     predicted = written_boxes(fenced[0])
     if not predicted or not objects:
         return float(not predicted and not objects)
-    iou_PT = _pairwise_iou(predicted, objects)
+    iou_PT = pairwise_iou(predicted, objects, np.float64)
     rows, columns = linear_sum_assignment(iou_PT, maximize=True)
     return float(iou_PT[rows, columns].sum()) / len(objects)
 
@@ -76,16 +74,3 @@ def _normal(text: str) -> str:
 def _bare(word: str) -> str:
     """A word without symbols at its edges."""
     return re.sub(r"^[^\w]+|[^\w]+$", "", word)
-
-
-def _pairwise_iou(predicted: Sequence[Box], objects: Sequence[Box]) -> NDArray[np.float64]:
-    boxes_P4, objects_T4 = np.array(predicted, dtype=np.float64), np.array(objects, dtype=np.float64)
-    sides = np.minimum(boxes_P4[:, None, 2:], objects_T4[None, :, 2:]) - np.maximum(
-        boxes_P4[:, None, :2], objects_T4[None, :, :2]
-    )
-    overlap_PT = np.maximum(sides, 0).prod(axis=-1)
-    area_P = (boxes_P4[:, 2:] - boxes_P4[:, :2]).prod(axis=-1)
-    area_T = (objects_T4[:, 2:] - objects_T4[:, :2]).prod(axis=-1)
-    union_PT = area_P[:, None] + area_T[None, :] - overlap_PT
-    iou_PT: NDArray[np.float64] = np.divide(overlap_PT, union_PT, out=np.zeros_like(overlap_PT), where=union_PT > 0)
-    return iou_PT
