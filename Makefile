@@ -22,8 +22,9 @@ test: setup ## lint, types, import rules and all tests
 	@.venv/bin/mypy
 	@.venv/bin/pytest
 
-verify: setup ## long checks: three seeds of digits, one of scene
+verify: setup ## long checks, about two hours: the demo's promises; every algorithm learns on both tasks
 	@.venv/bin/python benchmarks/verify_demo.py
+	@.venv/bin/python benchmarks/verify_algorithms.py
 
 warm-start: setup ## make models/tiny again from nothing (about 13 minutes on two cores)
 	@.venv/bin/mars sft --out models/tiny

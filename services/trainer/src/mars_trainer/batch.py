@@ -54,8 +54,12 @@ class Batch:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """How often the step had to ask, and for how many groups."""
-        return {"generation_batches": float(self.rounds), "groups": float(len(self.answers))}
+        """How often the step had to ask, for how many groups, and how many of them it trains on."""
+        return {
+            "generation_batches": float(self.rounds),
+            "groups": float(len(self.answers)),
+            "groups/trained": float(len(self.kept)),
+        }
 
     def _pairs(self) -> list[tuple[Answer, Credit]]:
         return list(zip(self.answers, self.credits, strict=True))
