@@ -7,6 +7,7 @@ Compared are whole answers in normal form, never substrings: "a" isn't "Yes, a c
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _ONES_TO_NINETEEN = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -96,13 +97,18 @@ def _without_lead_in(words: list[str]) -> list[str]:
 def _core(word: str) -> str:
     """A word without the symbols at its edges that say nothing; a minus before a digit or behind a letter ("A-") stays."""
     start, end = 0, len(word)
-    while start < end and not (word[start].isalnum() or word[start] in _SAYS_MORE_IN_FRONT):
+    while start < end and not (_spells(word[start]) or word[start] in _SAYS_MORE_IN_FRONT):
         start += 1
-    while end > start and not (word[end - 1].isalnum() or word[end - 1] in _SAYS_MORE_BEHIND):
+    while end > start and not (_spells(word[end - 1]) or word[end - 1] in _SAYS_MORE_BEHIND):
         end -= 1
     is_negative = start > 0 and start < end and word[start - 1] == "-" and word[start].isdigit()
     is_grade = end - start == 1 and word[start].isalpha() and word[end : end + 1] == "-"
     return word[start - is_negative : end + is_grade]
+
+
+def _spells(char: str) -> bool:
+    """Whether a character is a letter, a digit, or a mark on one, such as a vowel sign or an accent."""
+    return char.isalnum() or unicodedata.category(char).startswith("M")
 
 
 def _normal(words: list[str]) -> list[str]:
