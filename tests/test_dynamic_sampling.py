@@ -31,7 +31,7 @@ RECIPE = """
 name = "test"
 dir = "{dir}"
 [model]
-path = "{dir}/model"
+path = "{dir}"
 max_model_len = 256
 [data]
 dataset = "digits"
@@ -104,6 +104,7 @@ class Shelf:
 
 
 def make_run(folder: Path, replies: Replies, pupil: Pupil, shelf: Shelf, **train: Any) -> TrainingRun:
+    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     (folder / "recipe.toml").write_text(RECIPE.format(dir=folder))
     recipe = load_recipe(folder / "recipe.toml")
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})

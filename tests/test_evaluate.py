@@ -124,6 +124,7 @@ def test_an_evaluation_without_any_answer_is_an_error() -> None:
 
 
 def make_recipe(tmp_path: Path) -> Recipe:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     return Recipe.model_validate(
         {
             "run": {"name": "r", "dir": tmp_path, "seed": 7},

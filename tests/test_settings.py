@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mars_shared.contracts import Decoding, FrameKind, View
+from mars_shared.contracts import Decoding, View
 from mars_shared.errors import ConfigError
 from mars_shared.settings import Recipe, load_deployment, load_recipe
 
@@ -62,7 +62,7 @@ def test_a_recipe_says_what_is_trained_and_the_rest_has_defaults(tmp_path: Path)
     assert (recipe.run.name, recipe.run.dir, recipe.run.seed) == ("r", Path("runs/r"), 0)
     assert (recipe.rollout.num_generations, recipe.rollout.num_mono) == (4, 1)
     assert recipe.rollout.mono_view is View.SINGLE and recipe.rollout.mono_decoding is Decoding.SAMPLE
-    assert recipe.model.box_frame is FrameKind.RESIZED
+    assert recipe.model.box_frame is None
     assert recipe.train.adam_betas == (0.9, 0.99)
 
 

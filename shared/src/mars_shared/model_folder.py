@@ -30,14 +30,26 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
             raise ConfigError(f"model folder {folder}: {name} is missing; expected {meaning} in Hugging Face format")
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"model folder {folder}: no *.safetensors file; expected the weights")
-    try:
-        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"model folder {folder}: config.json is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"model folder {folder}: config.json holds a {type(config).__name__}; expected an object")
+    config = read_config(folder)
     if (kind := config.get("model_type")) != MODEL_TYPE:
         raise ConfigError(f"model folder {folder}: model_type is {kind!r}; expected {MODEL_TYPE!r}")
     if not isinstance(config.get("image_token_id"), int):
         raise ConfigError(f"model folder {folder}: config.json has no image_token_id; expected the image placeholder's token id")
+    return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json, of whatever architecture.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no JSON object.
+    """
+    try:
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"model folder {folder}: config.json cannot be read ({error.strerror}); expected a model") from error
+    except ValueError as error:
+        raise ConfigError(f"model folder {folder}: config.json is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"model folder {folder}: config.json holds a {type(config).__name__}; expected an object")
     return config

@@ -40,7 +40,9 @@ class ModelSection(Section):
     path: Path = Field(description="folder in Hugging Face format: config, tokenizer, processor, safetensors")
     dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of replicas and published weights")
     max_model_len: int = Field(ge=16, description="tokens of prompt and completion together")
-    box_frame: FrameKind = Field(default=FrameKind.RESIZED, description="frame in which the model writes boxes")
+    box_frame: FrameKind | None = Field(
+        default=None, description="frame in which the model writes boxes; None: that of its family"
+    )
 
 
 class DatasetName(StrEnum):

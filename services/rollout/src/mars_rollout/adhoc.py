@@ -35,6 +35,7 @@ from mars_shared.contracts import (
 )
 from mars_shared.contracts.prompt import Box, SourceName
 from mars_shared.errors import InputError, NotReadyError
+from mars_shared.frames import resolved_box_frame
 from mars_shared.http import explain_validation
 from mars_shared.images import media_type_of, open_image
 from mars_shared.settings import Deployment, Recipe
@@ -134,7 +135,9 @@ class AdhocPrompts:
     """Turns requests into prompts; images go into the blob store as uploads, which expire."""
 
     def __init__(self, recipe: Recipe, blobs: BlobStore) -> None:
+        """Raises ConfigError: the frame in which the model writes boxes is unknown."""
         self._recipe = recipe
+        self._box_frame = resolved_box_frame(recipe.model)
         self._blobs = blobs
 
     def prompt(self, request: GroupRequest) -> Prompt:
@@ -170,7 +173,7 @@ class AdhocPrompts:
                 question=request.question,
                 sources=tuple(sources),
                 truth=_truth(request, first_size_px),
-                box_frame=self._recipe.model.box_frame,
+                box_frame=self._box_frame,
                 sampling=sampling,
             )
         except ValidationError as error:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import PolicyVersion, Prompt, Purpose, SamplingSpec, Source
+from mars_shared.frames import resolved_box_frame
 from mars_shared.images import media_type_of
 from mars_shared.settings import Recipe
 from mars_trainer.datasets.base import Sample
@@ -42,7 +43,9 @@ class PromptMaker:
     """Turns samples into prompts, with their images in the blob store."""
 
     def __init__(self, recipe: Recipe, blobs: BlobStore) -> None:
+        """Raises ConfigError: the frame in which the model writes boxes is unknown."""
         self._recipe = recipe
+        self._box_frame = resolved_box_frame(recipe.model)
         self._blobs = blobs
 
     def training(self, sample: Sample, *, epoch: int, dispatch_index: int, version: PolicyVersion) -> Prompt:
@@ -79,7 +82,7 @@ class PromptMaker:
             question=sample.question,
             sources=sources,
             truth=sample.truth,
-            box_frame=self._recipe.model.box_frame,
+            box_frame=self._box_frame,
             sampling=spec,
             policy_version=version,
             max_staleness=self._recipe.train.max_staleness,

@@ -44,9 +44,9 @@ class FrameKind(StrEnum):
     ORIGINAL = "original"
     """Pixels of the image file."""
     RESIZED = "resized"
-    """Pixels after the processor's smart resize (Qwen2-VL, Qwen2.5-VL)."""
+    """Pixels after the processor's smart resize (Qwen2.5-VL)."""
     PER_MILLE = "per_mille"
-    """0..1000 along each side (Qwen3-VL)."""
+    """0..1000 along each side (Qwen2-VL, Qwen3-VL)."""
 
 
 class Source(Contract):

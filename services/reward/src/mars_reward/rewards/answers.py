@@ -7,6 +7,7 @@ Compared are whole answers in normal form, never substrings: "a" isn't "Yes, a c
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _ONES_TO_NINETEEN = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -33,7 +34,14 @@ _LEAD_INS = tuple(
     )
 )
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
-_LABEL = re.compile(r"\(?([a-z])[).:]+")
+_LABEL = re.compile(r"[(\[]?([a-z])[)\].:]+")
+_DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-") | {"\u2014": " "})
+_SAYS_MORE_IN_FRONT = frozenset("<>≤≥≠≈~±¬")
+_SAYS_MORE_BEHIND = frozenset("+#")
+"""Symbols at the edge of a word that change what it says: "≥2" isn't "2", "C#" isn't "C"."""
+_MARKUP = "*_`$"
+_CHOICES = frozenset("abcd")
+"""Letters that name a choice wherever they stand with a dot; later ones may be initials ("J. K. Rowling")."""
 
 
 def matches(answer: str, truth: str) -> bool:
@@ -43,7 +51,8 @@ def matches(answer: str, truth: str) -> bool:
     them, so that hedging ("yes or no") is wrong. Case, punctuation at the edges of words,
     hyphens between letters, a leading article and lead-ins ("The answer is") don't count;
     number words up to ninety-nine equal their digits. A yes/no truth takes the answer's first
-    word ("Yes, a cat"), a choice letter takes the answer's label ("B. Tokyo", "(b)").
+    word ("Yes, a cat") if the opposite stands nowhere in it; a choice letter takes the answer's
+    label ("B. Tokyo", "(b)") if it names no other choice.
 
     Example:
         matches("The answer is 2.", "two or 2") and not matches("17", "7")
@@ -53,7 +62,7 @@ def matches(answer: str, truth: str) -> bool:
     if not accepted:
         return answer.casefold().split() == truth.casefold().split()
     if accepted <= _YES_NO:
-        return _all_in([_yes_or_no(words) for words in offered], accepted)
+        return _said_of_yes_no(offered) <= accepted and _all_in([_yes_or_no(words) for words in offered], accepted)
     if all(len(words) == 1 and _label(words) for words in wanted):
         return _all_in([_label(words) for words in offered], accepted)
     given = {" ".join(_normal(words)) for words in offered}
@@ -67,9 +76,10 @@ def _all_in(commitments: list[str | None], accepted: set[str]) -> bool:
 
 def _alternatives(text: str) -> list[list[str]]:
     """The words of a text, lowered, without lead-in and lone symbols, split at each "or"; no part is empty."""
-    words = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text.casefold()).split()
+    dashed = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text.casefold().translate(_DASHES))
+    words = re.sub(r"(?<!\S)-\s+(?=\d)", "-", dashed).split()
     parts: list[list[str]] = [[]]
-    for word in _without_lead_in([word for word in words if _core(word)] or words):
+    for word in _without_lead_in(_without_lead_in([word for word in words if _core(word)] or words)):
         if word == "or":
             parts.append([])
         else:
@@ -85,14 +95,20 @@ def _without_lead_in(words: list[str]) -> list[str]:
 
 
 def _core(word: str) -> str:
-    """A word without the symbols at its edges; a minus before a digit stays."""
+    """A word without the symbols at its edges that say nothing; a minus before a digit or behind a letter ("A-") stays."""
     start, end = 0, len(word)
-    while start < end and not word[start].isalnum():
+    while start < end and not (_spells(word[start]) or word[start] in _SAYS_MORE_IN_FRONT):
         start += 1
-    while end > start and not word[end - 1].isalnum():
+    while end > start and not (_spells(word[end - 1]) or word[end - 1] in _SAYS_MORE_BEHIND):
         end -= 1
     is_negative = start > 0 and start < end and word[start - 1] == "-" and word[start].isdigit()
-    return word[start - 1 : end] if is_negative else word[start:end]
+    is_grade = end - start == 1 and word[start].isalpha() and word[end : end + 1] == "-"
+    return word[start - is_negative : end + is_grade]
+
+
+def _spells(char: str) -> bool:
+    """Whether a character is a letter, a digit, or a mark on one, such as a vowel sign or an accent."""
+    return char.isalnum() or unicodedata.category(char).startswith("M")
 
 
 def _normal(words: list[str]) -> list[str]:
@@ -125,10 +141,33 @@ def _yes_or_no(words: list[str]) -> str | None:
     return first if first in _YES_NO else None
 
 
+def _said_of_yes_no(offered: list[list[str]]) -> set[str]:
+    """Which of yes and no stand anywhere in an answer."""
+    return {said for words in offered for word in words for said in re.findall(r"[^\W_]+", word)} & _YES_NO
+
+
 def _label(words: list[str]) -> str | None:
-    """The choice letter of "B", "(B)", "B.", "B) Tokyo"; None of "a cat"."""
-    label = _LABEL.fullmatch(words[0])
-    if label:
-        return label.group(1)
-    alone = _core(words[0])
-    return alone if len(words) == 1 and len(alone) == 1 and alone.isalpha() else None
+    """The choice letter of "B", "(B)", "B.", "B) Tokyo"; None of "a cat" and of "A. Tokyo B. Paris"."""
+    first, *rest = words
+    if label := _labelled(first):
+        return None if _names_other_choice(rest, label) else label
+    return _letter(first) if not rest else None
+
+
+def _names_other_choice(words: list[str], label: str) -> bool:
+    """Whether what follows a label is a list of letters, or labels another choice; "B. Plan C." doesn't."""
+    letters = [_letter(word) for word in words if _core(word) != "and"]
+    if letters and None not in letters and set(letters) != {label}:
+        return True
+    inner = [*words[:-1], *(word.rstrip(".") for word in words[-1:])]
+    return any(other != label and (other in _CHOICES or ")" in word) for word in inner if (other := _labelled(word)))
+
+
+def _labelled(word: str) -> str | None:
+    found = _LABEL.fullmatch(word.strip(_MARKUP))
+    return found.group(1) if found else None
+
+
+def _letter(word: str) -> str | None:
+    core = _core(word)
+    return core if len(core) == 1 and core.isalpha() else None
