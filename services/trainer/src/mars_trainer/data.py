@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mars_shared.errors import InputError, MarsError
-from mars_trainer.datasets.check import Findings, check, image_bytes
+from mars_trainer.datasets.check import Findings, check
 from mars_trainer.datasets.formats import FORMATS, format_of, read_records
+from mars_trainer.datasets.images import image_bytes
 from mars_trainer.datasets.jsonl import jsonl_line
 
 SHOWN = 8
@@ -24,9 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         format = options.format or format_of(options.path)
         if options.command == "convert":
-            return _convert(options.path, format, names, options.out)
+            return _convert(options.path, format, names, options.split, options.out)
         images = options.images or (options.path if options.path.is_dir() else options.path.parent)
-        findings = check(options.path, format, images=images, names=names, max_pixels=options.max_pixels)
+        findings = check(options.path, format, images=images, names=names, split=options.split, max_pixels=options.max_pixels)
         _report(findings, options.path, format)
         if options.sheet and findings.good:
             _draw(findings, images, options.sheet, title=f"{options.path.name}, {format}")
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("path", type=Path, metavar="PATH", help="a file, or the folder of LLVIP")
         command.add_argument("--format", choices=sorted(FORMATS), help="default: what the file looks like")
         command.add_argument("--sources", metavar="A,B", help="source names in image order, e.g. visible,infrared")
+        command.add_argument("--split", metavar="NAME", help="the part to read, e.g. train; default: everything")
         if name == "convert":
             command.add_argument("out", type=Path, metavar="OUT.jsonl")
         else:
@@ -69,8 +71,8 @@ def _draw(findings: Findings, images: Path, sheet: Path, *, title: str) -> None:
     sys.stdout.write(f"contact sheet: {sheet}\n")
 
 
-def _convert(path: Path, format: str, names: Sequence[str] | None, out: Path) -> int:
-    lines = [jsonl_line(record) for record in read_records(path, format, names)]
+def _convert(path: Path, format: str, names: Sequence[str] | None, split: str | None, out: Path) -> int:
+    lines = [jsonl_line(record) for record in read_records(path, format, names, split)]
     out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     sys.stdout.write(f"{out}: {len(lines)} questions; image paths as in {path}\n")
     return 0

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blake3 import blake3
-
 from mars_shared.errors import InputError
 from mars_shared.images import open_image
 from mars_trainer.datasets.formats import FORMATS
-from mars_trainer.datasets.records import NamedPath, Record
+from mars_trainer.datasets.images import image_bytes
+from mars_trainer.datasets.records import Record
 
 SizePx = tuple[int, int]
 PromptLength = Callable[[Record, Sequence[SizePx]], int]
@@ -57,6 +56,7 @@ def check(
     *,
     images: Path,
     names: Sequence[str] | None = None,
+    split: str | None = None,
     max_pixels: int,
     prompt_length: PromptLength | None = None,
     max_prompt_length: int = 0,
@@ -65,6 +65,7 @@ def check(
 
     Args:
         images: folder that image paths are below.
+        split: the part of the dataset to look at; None for all of it.
         prompt_length: if given, a prompt of more than `max_prompt_length` tokens is a fault.
 
     Raises:
@@ -72,7 +73,7 @@ def check(
     """
     findings, seen = Findings(), dict[str, str]()
     known = FORMATS[format]
-    for row in known.rows(path):
+    for row in known.rows(path, split):
         findings.rows += 1
         try:
             record = known.record(row, names)
@@ -94,25 +95,6 @@ def check(
         if not faults:
             findings.good.append((record, known_sizes))
     return findings
-
-
-def image_bytes(record: Record, image: NamedPath, folder: Path) -> bytes:
-    """An image's encoded bytes.
-
-    Raises:
-        InputError: the file is missing, outside the folder, or has another hash than stated.
-    """
-    what = f"{record.where}: source {image.name!r}"
-    file = (folder / image.path).resolve()
-    if not file.is_relative_to(folder.resolve()):
-        raise InputError(f"{what}: {image.path} lies outside the image folder {folder}")
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{what}: {file} cannot be read ({error.strerror})") from error
-    if image.blake3 is not None and (actual := blake3(data).hexdigest()) != image.blake3:
-        raise InputError(f"{what}: {file} has blake3 {actual}; expected {image.blake3}")
-    return data
 
 
 def _sizes(record: Record, folder: Path, max_pixels: int) -> tuple[list[SizePx | None], list[str]]:

@@ -1,10 +1,10 @@
-"""Rows of dataset files: questions about named images on disk, none of which is opened yet."""
+"""Rows of dataset files: questions about named images, none of which is opened yet."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,11 +29,18 @@ class Row:
 
 @dataclass(frozen=True)
 class NamedPath:
-    """An image of a record; `path` is below the dataset's image folder, `blake3` of its bytes if the file states it."""
+    """An image of a record, not read yet; `mars_trainer.datasets.images.image_bytes` reads it.
+
+    Attributes:
+        path: below the dataset's image folder; of an embedded image, only where it came from.
+        blake3: of its bytes, if the dataset states it.
+        embedded: reads the bytes of an image that stands in the dataset itself; raises InputError.
+    """
 
     name: str
     path: Path
     blake3: str | None = None
+    embedded: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
