@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from blake3 import blake3
@@ -20,7 +21,7 @@ def image_bytes(record: Record, image: NamedPath, folder: Path) -> bytes:
         InputError: the file is missing, outside the folder, or has another hash than stated; the dataset cannot be read.
     """
     what = f"{record.where}: source {image.name!r}"
-    data = _file_bytes(image.path, folder, what) if image.embedded is None else image.embedded()
+    data = _file_bytes(image.path, folder, what) if image.embedded is None else _embedded_bytes(image.embedded, what)
     if image.blake3 is not None and (actual := blake3(data).hexdigest()) != image.blake3:
         raise InputError(f"{what}: {image.path} has blake3 {actual}; expected {image.blake3}")
     return data
@@ -34,3 +35,10 @@ def _file_bytes(path: Path, folder: Path, what: str) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise InputError(f"{what}: {file} cannot be read ({error.strerror})") from error
+
+
+def _embedded_bytes(read: Callable[[], bytes], what: str) -> bytes:
+    try:
+        return read()
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error

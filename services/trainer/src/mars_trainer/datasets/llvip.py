@@ -7,7 +7,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from mars_shared.errors import InputError
-from mars_trainer.datasets.records import Box, Record, Row, name_images
+from mars_trainer.datasets.answers import Box
+from mars_trainer.datasets.records import Record, Row, name_images
 
 QUESTION = "Detect every person in the scene that these images show."
 SOURCES = ("visible", "infrared")

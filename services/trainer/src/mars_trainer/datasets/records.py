@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from mars_shared.contracts import BoxesTruth, TextTruth, Truth
 from mars_shared.errors import InputError
 from mars_shared.http import explain_validation
+from mars_trainer.datasets.answers import Box
 
-Box = tuple[float, float, float, float]
 Shape = TypeVar("Shape", bound=BaseModel)
 
 
@@ -87,8 +87,10 @@ def name_images(paths: Sequence[str], names: Sequence[str] | None, where: str) -
     """A row's images under the given source names, or as image-1, image-2, ...
 
     Raises:
-        InputError: fewer names were given than the row has images.
+        InputError: fewer names were given than the row has images, or one twice.
     """
+    if names and len(set(names)) != len(names):
+        raise InputError(f"{where}: source names are {', '.join(names)}; expected each once")
     chosen = names or [f"image-{number}" for number in range(1, len(paths) + 1)]
     if len(chosen) < len(paths):
         raise InputError(f"{where}: {len(paths)} images, but only {len(chosen)} source names were given: {', '.join(chosen)}")
