@@ -203,7 +203,11 @@ def test_what_is_converted_can_be_checked(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data.csv", "a,b", "the format is not recognised; name one of authors, conversations, jsonl, llvip"),
+        (
+            "data.csv",
+            "a,b",
+            "the format is not recognised; name one of authors, conversations, huggingface, jsonl, llvip, spatialqa, verl",
+        ),
         ("data.json", "[]", "the format is not recognised"),
         ("data.json", "[", "not JSON"),
         ("gone.jsonl", None, "cannot be read"),

@@ -101,8 +101,11 @@ def _draw(findings: Findings, images: Path, sheet: Path, *, title: str) -> None:
 
 
 def _convert(options: argparse.Namespace, format: str, names: Sequence[str] | None, images: Path) -> int:
-    count = convert(read_records(options.path, format, names, options.split), options.out, images=images)
-    sys.stdout.write(f"{options.out}: {count} questions; image paths are below {options.out.parent.absolute()}\n")
+    out: Path = options.out
+    done = convert(read_records(options.path, format, names, options.split), out, images=images)
+    own = done.image_root == out.parent.resolve()
+    told = "below its own folder" if own else f"below {done.image_root}: name that as --images to check it"
+    sys.stdout.write(f"{out}: {done.questions} questions; image paths are {told}\n")
     return 0
 
 

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import PlainValidator
 
 from mars_shared.errors import InputError
-from mars_shared.http import explain_validation
 
 Box = tuple[float, float, float, float]
-Coordinate = Annotated[float, Field(allow_inf_nan=False)]
-Answer = (
-    Annotated[str, StringConstraints(pattern=r"\S")]
-    | Annotated[list[tuple[Coordinate, Coordinate, Coordinate, Coordinate]], Field(min_length=1)]
-)
+
+
+def _text_or_boxes(value: Any) -> str | tuple[Box, ...]:
+    """Text without spaces around it, or boxes; raises ValueError if it is blank, empty or anything else."""
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, list | tuple) and value:
+        return tuple(_box(index, item) for index, item in enumerate(value))
+    raise ValueError("expected a text that is not blank, or boxes [[x1, y1, x2, y2], ...]")
+
+
+def _box(index: int, value: Any) -> Box:
+    numbers = list(value) if isinstance(value, list | tuple) else []
+    if len(numbers) != 4 or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise ValueError(f"box {index} is {value!r}; expected four finite numbers x1, y1, x2, y2")
+    x1, y1, x2, y2 = map(float, numbers)
+    return x1, y1, x2, y2
+
+
+Answer = Annotated[str | tuple[Box, ...], PlainValidator(_text_or_boxes)]
 """An answer in a row's shape: a text that is not blank, or one or more boxes of finite numbers."""
-_ANSWER: TypeAdapter[Any] = TypeAdapter(Answer)
 
 
 def read_answer(value: Any, field: str) -> str | tuple[Box, ...]:
@@ -34,15 +48,9 @@ def read_answer(value: Any, field: str) -> str | tuple[Box, ...]:
     elif isinstance(value, str) and _is_one_flat_box(value):
         raise InputError(f"{field}: {value} looks like a single box; expected a list of boxes, [{value}]")
     try:
-        found = _ANSWER.validate_python(value)
-    except ValidationError as error:
-        raise InputError(f"{field}: {explain_validation(error.errors(include_url=False)[:3])}") from error
-    return answer_value(found)
-
-
-def answer_value(found: str | list[Box]) -> str | tuple[Box, ...]:
-    """A validated answer as records hold it: text without spaces around it, or boxes."""
-    return found.strip() if isinstance(found, str) else tuple(found)
+        return _text_or_boxes(value)
+    except ValueError as error:
+        raise InputError(f"{field}: {error} (got {str(value)[:80]!r})") from error
 
 
 def _boxes_of_text(text: str, field: str) -> Any:

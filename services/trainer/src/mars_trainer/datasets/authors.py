@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from mars_shared.errors import InputError
-from mars_trainer.datasets.answers import Answer, answer_value
+from mars_trainer.datasets.answers import Answer
 from mars_trainer.datasets.marks import without_marks
 from mars_trainer.datasets.records import Record, Row, name_images, shaped
 
@@ -54,7 +54,7 @@ def authors_record(row: Row, names: Sequence[str] | None) -> Record:
         record_id=_sample_id(found.extra_info) or str(row.number),
         question=question,
         images=name_images(paths, names, row.where),
-        answer=answer_value(found.ground_truth),
+        answer=found.ground_truth,
     )
 
 

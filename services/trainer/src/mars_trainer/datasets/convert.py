@@ -1,10 +1,10 @@
-"""Any dataset as our own JSON lines, whose image paths are below the folder of the file that is written."""
+"""Any dataset as our own JSON lines, whose image paths are below the folder of the file that is written where they can be."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -19,39 +19,58 @@ from mars_trainer.datasets.records import NamedPath, Record
 SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
 
 
-def convert(records: Iterable[Record], out: Path, *, images: Path) -> int:
-    """Write records to `out`; returns how many. Images that stand in the dataset become files in the folder OUT-images.
+@dataclass(frozen=True)
+class Converted:
+    """What was written: how many questions, and the folder that their image paths are below."""
 
-    Paths of other images are written as seen from `out`, so these images must lie below its folder.
+    questions: int
+    image_root: Path
+
+
+def convert(records: Iterable[Record], out: Path, *, images: Path) -> Converted:
+    """Write records to `out`. Images that stand in the dataset become files in the folder OUT-images.
+
+    Other images are not opened. Their paths are written as seen from the folder of `out` if they are below it, else they stay.
 
     Args:
         images: folder that the records' image paths are below.
 
     Raises:
-        InputError: a row is wrong, two have one id, an image is none, or lies elsewhere; nothing is written to `out` then.
+        InputError: a row is wrong, two have one id, or an embedded image is none; `out` is not written then.
     """
-    folder = out.parent / f"{out.stem}-images"
-    lines, seen = [], dict[str, str]()
+    root = _file_root(images, out)
+    lines, seen, kinds = [], dict[str, str](), set[bool]()
     for record in records:
         if (other := seen.setdefault(record.record_id, record.where)) != record.where:
             raise InputError(f"{record.where}: id {record.record_id!r} is that of {other} too; expected each once")
-        placed = [_placed(record, image, out, folder, images) for image in record.images]
+        kinds |= {image.embedded is None for image in record.images}
+        _check_one_root(kinds, record, out, root)
+        placed = [_placed(record, image, out, images, root) for image in record.images]
         lines.append(jsonl_line(replace(record, images=tuple(placed))))
     write_atomic(out, "".join(f"{line}\n" for line in lines).encode())
-    return len(lines)
+    return Converted(len(lines), root if True in kinds else out.parent.resolve())
 
 
-def _placed(record: Record, image: NamedPath, out: Path, folder: Path, images: Path) -> NamedPath:
-    if image.embedded is not None:
-        return _extracted(record, image, folder, images)
-    path = Path(os.path.normpath(images.absolute() / image.path))
-    root = out.parent.absolute()
-    if not path.is_relative_to(root):
+def _file_root(images: Path, out: Path) -> Path:
+    own = out.parent.resolve()
+    return own if images.resolve().is_relative_to(own) else images.resolve()
+
+
+def _check_one_root(kinds: set[bool], record: Record, out: Path, root: Path) -> None:
+    if len(kinds) > 1 and root != out.parent.resolve():
         raise InputError(
-            f"{record.where}: source {image.name!r}: {path} lies outside {root}, the folder of {out.name}; "
-            f"write {out.name} to a folder that its images are below"
+            f"{record.where}: some images stand in the dataset, others are files below {root}; "
+            f"write {out.name} to that folder or to one above it, so that one folder holds all images"
         )
-    return replace(image, path=path.relative_to(root))
+
+
+def _placed(record: Record, image: NamedPath, out: Path, images: Path, root: Path) -> NamedPath:
+    if image.embedded is None:
+        path = Path(os.path.normpath(images.resolve() / image.path))
+        if not path.is_relative_to(root):
+            raise InputError(f"{record.where}: source {image.name!r}: {image.path} lies outside the image folder {root}")
+        return replace(image, path=path.relative_to(root))
+    return _extracted(record, image, out.parent / f"{out.stem}-images", images)
 
 
 def _extracted(record: Record, image: NamedPath, folder: Path, images: Path) -> NamedPath:

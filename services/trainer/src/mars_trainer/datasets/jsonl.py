@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mars_shared.contracts.prompt import BlobHash, SourceName
 from mars_shared.errors import InputError
-from mars_trainer.datasets.answers import Answer, answer_value
+from mars_trainer.datasets.answers import Answer
 from mars_trainer.datasets.records import NamedPath, Record, Row, shaped
 
 
@@ -57,7 +57,7 @@ def jsonl_record(row: Row, names: Sequence[str] | None) -> Record:
         record_id=found.id,
         question=found.question,
         images=tuple(NamedPath(source.name, Path(source.image), source.blake3) for source in found.sources),
-        answer=answer_value(found.answer),
+        answer=found.answer,
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 from pydantic import BaseModel, Field
 
 from mars_shared.errors import InputError
-from mars_trainer.datasets.answers import Answer, answer_value
+from mars_trainer.datasets.answers import Answer
 from mars_trainer.datasets.conversations import conversation_record
 from mars_trainer.datasets.marks import without_marks
 from mars_trainer.datasets.records import Record, Row, name_images, shaped
@@ -51,7 +51,7 @@ def spatialqa_record(row: Row, names: Sequence[str] | None) -> Record:
         record_id=str(row.number if found.record_id is None else found.record_id),
         question=question,
         images=name_images(_with_depth(found.image, row.where), names or SOURCES, row.where),
-        answer=answer_value(found.answer),
+        answer=found.answer,
     )
 
 
