@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Annotated, Any
 
 from pydantic import PlainValidator
@@ -11,6 +10,8 @@ from pydantic import PlainValidator
 from mars_shared.errors import InputError
 
 Box = tuple[float, float, float, float]
+LARGEST = 2**53
+"""Coordinates are below it; NaN and infinities are not."""
 
 
 def _text_or_boxes(value: Any) -> str | tuple[Box, ...]:
@@ -24,7 +25,7 @@ def _text_or_boxes(value: Any) -> str | tuple[Box, ...]:
 
 def _box(index: int, value: Any) -> Box:
     numbers = list(value) if isinstance(value, list | tuple) else []
-    if len(numbers) != 4 or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+    if len(numbers) != 4 or not all(type(number) in (int, float) and abs(number) < LARGEST for number in numbers):
         raise ValueError(f"box {index} is {value!r}; expected four finite numbers x1, y1, x2, y2")
     x1, y1, x2, y2 = map(float, numbers)
     return x1, y1, x2, y2
