@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from builders import image_bytes
 from conftest import Tables
 from mars_reward.registry import score
 from mars_shared.contracts import BoxesTruth, BoxFrame, FrameKind, Score, ScoreItem, TextTruth
 from mars_shared.errors import InputError
+from mars_trainer.data import main
 from mars_trainer.datasets.formats import read_records
 from mars_trainer.datasets.records import NamedPath, Record
 from reference_data import FOLDER, needs_reference_data
@@ -66,6 +68,9 @@ def test_boxes_become_a_truth_with_the_size_of_the_image(tmp_path: Path) -> None
         (row() | {"content": [{"type": "image"}]}, "row 1: content.0.image.image: Field required"),
         (row(0), "row 1: content: no image"),
         (row(text=" "), "row 1: content: no text"),
+        (row(text="<image>"), "row 1: content: no text"),
+        (row(truth=" "), "row 1: ground_truth: .*not blank"),
+        (row(truth=[[1, 2, float("nan"), 4]]), "row 1: ground_truth: .*box 0 is .* expected four finite numbers"),
     ],
 )
 def test_a_wrong_row_is_named_by_file_row_and_field(tmp_path: Path, wrong: Any, message: str) -> None:
@@ -85,6 +90,82 @@ def test_a_file_that_is_no_list_is_refused(tmp_path: Path, content: str, message
 def test_too_few_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="row 0: 3 images, but only 2 source names were given: visible, infrared"):
         read(tmp_path, row(3), names=("visible", "infrared"))
+
+
+IMAGE = {"type": "image", "image": "a.jpg"}
+
+
+def said(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize(
+    ("content", "question", "images"),
+    [
+        ([IMAGE, IMAGE, said("Which cover?")], "Which cover?", 2),
+        ([said("Which?"), IMAGE, IMAGE], "Which?", 2),
+        ([said("Front:"), IMAGE, said("back:"), IMAGE, said("which?")], "Front:\nback:\nwhich?", 2),
+        ([*[IMAGE] * 6, said("<image>" * 6 + "\nHow many cars?")], "How many cars?", 6),
+        ([IMAGE, IMAGE, said("<image> and <image>\nare covers. Which?")], "and\nare covers. Which?", 2),
+        ([IMAGE, said(" "), said("Who wrote it? ")], "Who wrote it?", 1),
+    ],
+)
+def test_text_stands_anywhere_and_marks_are_taken_out(tmp_path: Path, content: Any, question: str, images: int) -> None:
+    (record,) = read(tmp_path, row() | {"content": content})
+    assert (record.question, len(record.images)) == (question, images)
+
+
+@pytest.mark.parametrize(
+    ("extra_info", "record_id"),
+    [
+        ({"sample_id": "scene-7"}, "scene-7"),
+        ({"sample_id": 7}, "7"),
+        ({"sample_id": 0}, "0"),
+        ({"sample_id": None}, "1"),
+        ({"sample_id": ""}, "1"),
+        ({"sample_id": ["a"]}, "1"),
+        ({}, "1"),
+        (None, "1"),
+        (["anything"], "1"),
+        ("nuScenes", "1"),
+    ],
+)
+def test_extra_info_holds_anything_and_may_name_the_sample(tmp_path: Path, extra_info: Any, record_id: str) -> None:
+    _, record = read(tmp_path, row(extra_info={"sample_id": "first"}), row(extra_info=extra_info))
+    assert record.record_id == record_id
+
+
+def test_questions_about_one_sample_share_its_id_and_are_told_apart_by_their_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    for index in range(2):
+        (tmp_path / "data" / f"{index}.jpg").write_bytes(image_bytes((60, 40), format="JPEG"))
+    rows = [row(extra_info={"sample_id": name}) for name in ("7", "7", "8", 7)]
+    assert [record.record_id for record in read(tmp_path, *rows)] == ["7", "7#1", "8", "7#3"]
+    assert main(["check", str(tmp_path / "questions.json")]) == 0
+    assert "4 rows of format authors, 4 without a fault" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("truth", "right", "wrong"),
+    [
+        ("D", ["D", "D. cat", "(d)", "The answer is D."], ["cat", "A", "A or D", ""]),
+        ("two or 2", ["two", "2", "Two.", "2 or two"], ["3", "12", "two or 3", ""]),
+        (
+            "orange and white or white and orange",
+            ["white and orange", "Orange and white."],
+            ["white", "orange", "black and white"],
+        ),
+    ],
+)
+def test_answers_of_all_files_are_right_where_they_are_right(
+    tmp_path: Path, truth: str, right: list[str], wrong: list[str]
+) -> None:
+    (record,) = read(tmp_path, row(6, truth=truth))
+    for answers, accuracy in ((right, 1.0), (wrong, 0.0)):
+        for answer in answers:
+            assert scored(record, f"{THOUGHT}<answer>{answer}</answer>", "paper").parts["accuracy"] == accuracy, answer
 
 
 def completions(record: Record) -> dict[str, str]:

@@ -13,8 +13,9 @@ from builders import image_bytes
 from mars_shared.errors import InputError
 from mars_trainer.data import main
 from mars_trainer.datasets.formats import format_of, read_records
+from mars_trainer.datasets.images import image_bytes as read_image
 from mars_trainer.datasets.jsonl import jsonl_line
-from mars_trainer.datasets.records import Record
+from mars_trainer.datasets.records import NamedPath, Record
 
 
 def line(number: int = 0, answer: Any = "7", sources: Any = None, **more: Any) -> dict[str, Any]:
@@ -98,6 +99,31 @@ def test_llvip_is_read_as_it_is_published(tmp_path: Path) -> None:
     assert main(["check", str(tmp_path)]) == 0
 
 
+def test_llvip_splits_are_told_apart_by_the_image_folders(tmp_path: Path) -> None:
+    llvip(llvip(tmp_path, split="train", stem="190002"))
+    assert [record.record_id for record in read_records(tmp_path, "llvip", split="train")] == ["train/190002"]
+    assert [record.record_id for record in read_records(tmp_path, "llvip", split="test")] == ["test/190001"]
+    assert len(list(read_records(tmp_path, "llvip"))) == 2
+    with pytest.raises(InputError, match="no split 'val'; expected one of train, test"):
+        list(read_records(tmp_path, "llvip", split="val"))
+
+
+def test_a_split_of_a_format_without_splits_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(write_lines(tmp_path, line())), "--split", "train"]) == 3
+    assert "split 'train' was asked for, but files of this format have no splits" in capsys.readouterr().err
+
+
+def test_embedded_bytes_are_read_in_place_of_a_file_and_their_hash_is_compared(tmp_path: Path) -> None:
+    data = image_bytes((60, 40))
+    (tmp_path / "a.png").write_bytes(b"another")
+    good = NamedPath("visible", Path("a.png"), blake3(data).hexdigest(), embedded=lambda: data)
+    wrong = NamedPath("visible", Path("a.png"), "0" * 64, embedded=lambda: data)
+    record = Record("data.parquet row 3", "3", "Which?", (good, wrong), "7")
+    assert read_image(record, good, tmp_path) == data
+    with pytest.raises(InputError, match="data.parquet row 3: source 'visible': a.png has blake3 .* expected 0000"):
+        read_image(record, wrong, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("annotation", "message"),
     [
@@ -177,7 +203,11 @@ def test_what_is_converted_can_be_checked(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data.csv", "a,b", "the format is not recognised; name one of authors, conversations, jsonl, llvip"),
+        (
+            "data.csv",
+            "a,b",
+            "the format is not recognised; name one of authors, conversations, huggingface, jsonl, llvip, spatialqa, verl",
+        ),
         ("data.json", "[]", "the format is not recognised"),
         ("data.json", "[", "not JSON"),
         ("gone.jsonl", None, "cannot be read"),

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mars_shared.errors import InputError, MarsError
-from mars_trainer.datasets.check import Findings, check, image_bytes
+from mars_shared.errors import ConfigError, InputError, MarsError
+from mars_trainer.datasets.check import Findings, PromptLength, check
+from mars_trainer.datasets.convert import convert
 from mars_trainer.datasets.formats import FORMATS, format_of, read_records
-from mars_trainer.datasets.jsonl import jsonl_line
+from mars_trainer.datasets.images import image_bytes
 
 SHOWN = 8
 """Questions on a contact sheet."""
@@ -23,10 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.sources.split(",") if options.sources else None
     try:
         format = options.format or format_of(options.path)
-        if options.command == "convert":
-            return _convert(options.path, format, names, options.out)
         images = options.images or (options.path if options.path.is_dir() else options.path.parent)
-        findings = check(options.path, format, images=images, names=names, max_pixels=options.max_pixels)
+        if options.command == "convert":
+            return _convert(options, format, names, images)
+        findings = check(
+            options.path,
+            format,
+            images=images,
+            names=names,
+            split=options.split,
+            max_pixels=options.max_pixels,
+            prompt_length=_prompt_length(options.model, options.max_prompt_length),
+            max_prompt_length=options.max_prompt_length or 0,
+        )
         _report(findings, options.path, format)
         if options.sheet and findings.good:
             _draw(findings, images, options.sheet, title=f"{options.path.name}, {format}")
@@ -36,18 +46,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return InputError.exit_code if findings.faults else 0
 
 
+def _prompt_length(model: Path | None, most: int | None) -> PromptLength | None:
+    """What measures prompts; None if their length isn't asked about.
+
+    Raises:
+        ConfigError: a model without a length, or a length without a model.
+    """
+    if model is None and most is None:
+        return None
+    if model is None or most is None:
+        given, missing = ("--max-prompt-length", "--model") if model is None else ("--model", "--max-prompt-length")
+        raise ConfigError(f"{given} was given without {missing}; give both, since a prompt's length depends on the model")
+    from mars_trainer.datasets.prompt_length import PromptRuler
+
+    return PromptRuler(model)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mars data", description="Check datasets, and convert them to our own JSON lines.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("check", "find every fault of every row"), ("convert", "write our own JSON lines")):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("path", type=Path, metavar="PATH", help="a file, or the folder of LLVIP")
+        command.add_argument("path", type=Path, metavar="PATH", help="a file, or a folder (LLVIP, save_to_disk)")
         command.add_argument("--format", choices=sorted(FORMATS), help="default: what the file looks like")
         command.add_argument("--sources", metavar="A,B", help="source names in image order, e.g. visible,infrared")
+        command.add_argument("--images", type=Path, help="folder that image paths are below; default: the dataset's own")
+        command.add_argument("--split", metavar="NAME", help="the part to read, e.g. train; default: everything")
         if name == "convert":
             command.add_argument("out", type=Path, metavar="OUT.jsonl")
         else:
-            command.add_argument("--images", type=Path, help="folder that image paths are below; default: the file's own")
+            command.add_argument(
+                "--model", type=Path, metavar="FOLDER", help="model that prompts must fit; needs --max-prompt-length"
+            )
+            command.add_argument("--max-prompt-length", type=int, metavar="N", help="a prompt of more tokens is a fault")
             command.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="an image with more is a fault")
             command.add_argument("--sheet", type=Path, metavar="SHEET.png", help="write a contact sheet of the first good rows")
     return parser
@@ -69,10 +100,12 @@ def _draw(findings: Findings, images: Path, sheet: Path, *, title: str) -> None:
     sys.stdout.write(f"contact sheet: {sheet}\n")
 
 
-def _convert(path: Path, format: str, names: Sequence[str] | None, out: Path) -> int:
-    lines = [jsonl_line(record) for record in read_records(path, format, names)]
-    out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    sys.stdout.write(f"{out}: {len(lines)} questions; image paths as in {path}\n")
+def _convert(options: argparse.Namespace, format: str, names: Sequence[str] | None, images: Path) -> int:
+    out: Path = options.out
+    done = convert(read_records(options.path, format, names, options.split), out, images=images)
+    own = done.image_root == out.parent.resolve()
+    told = "below its own folder" if own else f"below {done.image_root}: name that as --images to check it"
+    sys.stdout.write(f"{out}: {done.questions} questions; image paths are {told}\n")
     return 0
 
 

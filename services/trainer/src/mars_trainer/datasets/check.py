@@ -8,16 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blake3 import blake3
-
 from mars_shared.errors import InputError
 from mars_shared.images import open_image
-from mars_trainer.datasets.formats import FORMATS
-from mars_trainer.datasets.records import NamedPath, Record
+from mars_trainer.datasets.formats import read_rows
+from mars_trainer.datasets.images import image_bytes
+from mars_trainer.datasets.records import Record
 
 SizePx = tuple[int, int]
 PromptLength = Callable[[Record, Sequence[SizePx]], int]
-"""Tokens of a record's multi-source prompt, from its images' sizes."""
+"""Tokens of a record's multi-source prompt, from its images' sizes; raises InputError for a prompt that cannot be put."""
 
 
 @dataclass
@@ -57,6 +56,7 @@ def check(
     *,
     images: Path,
     names: Sequence[str] | None = None,
+    split: str | None = None,
     max_pixels: int,
     prompt_length: PromptLength | None = None,
     max_prompt_length: int = 0,
@@ -65,54 +65,39 @@ def check(
 
     Args:
         images: folder that image paths are below.
+        split: the part of the dataset to look at; None for all of it.
         prompt_length: if given, a prompt of more than `max_prompt_length` tokens is a fault.
 
     Raises:
         InputError: the file or folder as a whole cannot be read.
     """
     findings, seen = Findings(), dict[str, str]()
-    known = FORMATS[format]
-    for row in known.rows(path):
+    for found in read_rows(path, format, names, split):
         findings.rows += 1
-        try:
-            record = known.record(row, names)
-        except InputError as error:
-            findings.faults.append(str(error))
+        if isinstance(found, InputError):
+            findings.faults.append(str(found))
             continue
-        sizes, faults = _sizes(record, images, max_pixels)
-        if record.record_id in seen:
-            faults.append(f"{record.where}: id {record.record_id!r} is that of {seen[record.record_id]} too")
-        seen.setdefault(record.record_id, record.where)
+        sizes, faults = _sizes(found, images, max_pixels)
+        if found.record_id in seen:
+            faults.append(f"{found.where}: id {found.record_id!r} is that of {seen[found.record_id]} too")
+        seen.setdefault(found.record_id, found.where)
         if sizes[0] is not None:
-            faults += record.box_faults(sizes[0])
+            faults += found.box_faults(sizes[0])
         known_sizes = tuple(size for size in sizes if size is not None)
         if prompt_length is not None and len(known_sizes) == len(sizes):
-            length = prompt_length(record, known_sizes)
-            if length > max_prompt_length:
-                faults.append(f"{record.where}: the prompt has {length} tokens; expected at most {max_prompt_length}")
+            faults += _length_faults(found, known_sizes, prompt_length, max_prompt_length)
         findings.faults += faults
         if not faults:
-            findings.good.append((record, known_sizes))
+            findings.good.append((found, known_sizes))
     return findings
 
 
-def image_bytes(record: Record, image: NamedPath, folder: Path) -> bytes:
-    """An image's encoded bytes.
-
-    Raises:
-        InputError: the file is missing, outside the folder, or has another hash than stated.
-    """
-    what = f"{record.where}: source {image.name!r}"
-    file = (folder / image.path).resolve()
-    if not file.is_relative_to(folder.resolve()):
-        raise InputError(f"{what}: {image.path} lies outside the image folder {folder}")
+def _length_faults(record: Record, sizes: Sequence[SizePx], prompt_length: PromptLength, most: int) -> list[str]:
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{what}: {file} cannot be read ({error.strerror})") from error
-    if image.blake3 is not None and (actual := blake3(data).hexdigest()) != image.blake3:
-        raise InputError(f"{what}: {file} has blake3 {actual}; expected {image.blake3}")
-    return data
+        length = prompt_length(record, sizes)
+    except InputError as error:
+        return [str(error)]
+    return [] if length <= most else [f"{record.where}: the prompt has {length} tokens; expected at most {most}"]
 
 
 def _sizes(record: Record, folder: Path, max_pixels: int) -> tuple[list[SizePx | None], list[str]]:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pydantic import AliasChoices, BaseModel, Field
 
 from mars_shared.errors import InputError
+from mars_trainer.datasets.marks import check_marks, count_marks, without_marks
 from mars_trainer.datasets.records import Record, Row, name_images, shaped
-
-MARK = "<image>"
 
 
 class _Turn(BaseModel):
@@ -31,7 +30,7 @@ def conversation_record(row: Row, names: Sequence[str] | None) -> Record:
     """The first question of a conversation and its answer.
 
     Raises:
-        InputError: the row is not of this form, or has not one <image> mark for each image; names file, row and field.
+        InputError: the row is not of this form, or has not one mark (<image>, or <image 1>) for each image; names file, row and field.
     """
     found = shaped(_Conversation, row)
     paths = [found.image] if isinstance(found.image, str) else found.image
@@ -40,11 +39,8 @@ def conversation_record(row: Row, names: Sequence[str] | None) -> Record:
         raise InputError(
             f"{row.where}: conversations: begins with {asked.speaker!r} and {answered.speaker!r}; expected human, then gpt"
         )
-    if asked.value.count(MARK) != len(paths):
-        raise InputError(
-            f"{row.where}: conversations.0.value: {asked.value.count(MARK)} {MARK} marks for {len(paths)} images; expected one each"
-        )
-    question, answer = asked.value.replace(MARK, "").strip(), answered.value.strip()
+    check_marks(count_marks(asked.value), len(paths), f"{row.where}: conversations.0.value")
+    question, answer = without_marks(asked.value), answered.value.strip()
     for field, text in (("conversations.0.value", question), ("conversations.1.value", answer)):
         if not text:
             raise InputError(f"{row.where}: {field}: no text")

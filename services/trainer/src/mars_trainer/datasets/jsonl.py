@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mars_shared.contracts.prompt import BlobHash, SourceName
 from mars_shared.errors import InputError
-from mars_trainer.datasets.records import Box, NamedPath, Record, Row, shaped
+from mars_trainer.datasets.answers import Answer
+from mars_trainer.datasets.records import NamedPath, Record, Row, shaped
 
 
 class _Source(BaseModel):
@@ -33,7 +33,7 @@ class _Line(BaseModel):
 
     id: str = Field(min_length=1)
     question: str = Field(min_length=1)
-    answer: Annotated[str, Field(min_length=1)] | Annotated[list[Box], Field(min_length=1)]
+    answer: Answer
     sources: list[_Source] = Field(min_length=1, max_length=64)
 
 
@@ -57,7 +57,7 @@ def jsonl_record(row: Row, names: Sequence[str] | None) -> Record:
         record_id=found.id,
         question=found.question,
         images=tuple(NamedPath(source.name, Path(source.image), source.blake3) for source in found.sources),
-        answer=found.answer if isinstance(found.answer, str) else tuple(found.answer),
+        answer=found.answer,
     )
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from mars_shared.errors import InputError
-from mars_trainer.datasets.records import Box, Record, Row, name_images
+from mars_trainer.datasets.answers import Box
+from mars_trainer.datasets.records import Record, Row, name_images
 
 QUESTION = "Detect every person in the scene that these images show."
 SOURCES = ("visible", "infrared")
@@ -15,30 +16,40 @@ SPLITS = ("train", "test")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def llvip_rows(folder: Path) -> Iterator[Row]:
+def llvip_rows(folder: Path, split: str | None) -> Iterator[Row]:
     """One row for each annotation file, in order of name; `value` is its path.
 
+    Args:
+        split: train or test, which are told apart by the image folders; None for both.
+
     Raises:
-        InputError: the folder has no annotations.
+        InputError: the folder has no annotations, or the split is another.
     """
+    if split not in (None, *SPLITS):
+        raise InputError(f"{folder}: no split {split!r}; expected one of {', '.join(SPLITS)}")
     files = sorted((folder / "Annotations").glob("*.xml"))
     if not files:
         raise InputError(f"{folder}: no Annotations/*.xml; expected the folder of LLVIP")
     for number, file in enumerate(files):
-        yield Row(str(file), number, file)
+        if split is None or _has_image(folder, split, file.stem):
+            yield Row(str(file), number, file)
+
+
+def _has_image(folder: Path, split: str, stem: str) -> bool:
+    return any((folder / kind / split / f"{stem}.jpg").is_file() for kind in SOURCES)
 
 
 def llvip_record(row: Row, names: Sequence[str] | None) -> Record:
     """An annotation and its two images.
 
     Raises:
-        InputError: the file is no VOC annotation with a person, or neither split has its visible image.
+        InputError: the file is no VOC annotation with a person, or neither split has an image of it.
     """
     file: Path = row.value
     folder = file.parent.parent
-    split = next((split for split in SPLITS if (folder / "visible" / split / f"{file.stem}.jpg").is_file()), None)
+    split = next((split for split in SPLITS if _has_image(folder, split, file.stem)), None)
     if split is None:
-        raise InputError(f"{row.where}: visible/train and visible/test have no {file.stem}.jpg")
+        raise InputError(f"{row.where}: neither train nor test of visible and infrared has {file.stem}.jpg")
     return Record(
         where=row.where,
         record_id=f"{split}/{file.stem}",

@@ -1,10 +1,10 @@
-"""Rows of dataset files: questions about named images on disk, none of which is opened yet."""
+"""Rows of dataset files: questions about named images, none of which is opened yet."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from mars_shared.contracts import BoxesTruth, TextTruth, Truth
 from mars_shared.errors import InputError
 from mars_shared.http import explain_validation
+from mars_trainer.datasets.answers import Box
 
-Box = tuple[float, float, float, float]
 Shape = TypeVar("Shape", bound=BaseModel)
 
 
@@ -29,11 +29,18 @@ class Row:
 
 @dataclass(frozen=True)
 class NamedPath:
-    """An image of a record; `path` is below the dataset's image folder, `blake3` of its bytes if the file states it."""
+    """An image of a record, not read yet; `mars_trainer.datasets.images.image_bytes` reads it.
+
+    Attributes:
+        path: below the dataset's image folder; of an embedded image, only where it came from.
+        blake3: of its bytes, if the dataset states it.
+        embedded: reads the bytes of an image that stands in the dataset itself; raises InputError.
+    """
 
     name: str
     path: Path
     blake3: str | None = None
+    embedded: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,10 @@ def name_images(paths: Sequence[str], names: Sequence[str] | None, where: str) -
     """A row's images under the given source names, or as image-1, image-2, ...
 
     Raises:
-        InputError: fewer names were given than the row has images.
+        InputError: fewer names were given than the row has images, or one twice.
     """
+    if names and len(set(names)) != len(names):
+        raise InputError(f"{where}: source names are {', '.join(names)}; expected each once")
     chosen = names or [f"image-{number}" for number in range(1, len(paths) + 1)]
     if len(chosen) < len(paths):
         raise InputError(f"{where}: {len(paths)} images, but only {len(chosen)} source names were given: {', '.join(chosen)}")
