@@ -49,7 +49,8 @@ class Sample:
 
     Attributes:
         prompt_id: the sample's name, e.g. "digits/test/17".
-        images: encoded PNG bytes by source name, in source order.
+        images: encoded bytes (PNG, JPEG or WebP) by source name, in source order.
+        thought: a chain of thought that leads to the answer, if the dataset has one; for a warm start.
         meta: the degradations that were applied, as plain JSON values.
     """
 
@@ -57,6 +58,7 @@ class Sample:
     question: str
     images: Mapping[str, bytes]
     truth: Truth
+    thought: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 

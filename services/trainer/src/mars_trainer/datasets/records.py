@@ -50,6 +50,7 @@ class Record:
     Attributes:
         images: in the order in which the question shows them.
         answer: the truth as text, or as boxes in pixels of the first image.
+        thought: a chain of thought that leads to the answer, if the dataset has one.
     """
 
     where: str
@@ -57,6 +58,7 @@ class Record:
     question: str
     images: tuple[NamedPath, ...]
     answer: str | tuple[Box, ...]
+    thought: str | None = None
 
     def truth(self, size_px: tuple[int, int]) -> Truth:
         """The truth in terms of the first image's (width, height).
