@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from mars_shared.settings import Deployment, Recipe
+from mars_shared.settings import DataFiles, Deployment, Recipe
 
 OUTPUT = Path(__file__).with_name("settings.md")
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -64,15 +64,20 @@ Variables of the containers are listed in [docker.md](docker.md#variables).
 def render() -> str:
     """The whole document."""
     recipe = [part for name, section in Recipe.model_fields.items() for part in (f"### [{name}]\n", _section(section))]
+    files = ["### [[data.train]] and [[data.test]]\n", _keys(DataFiles)]
     variables = _table("variable", (_row(f"MARS_{name.upper()}", field) for name, field in Deployment.model_fields.items()))
     others = ["| variable | default | meaning |", "|---|---|---|"]
     others += [f"| `{name}` | {default} | {meaning} |" for name, (default, meaning) in OTHER_VARIABLES.items()]
-    return "\n".join([HEAD, *recipe, TAIL, ENVIRONMENT, variables, OTHERS, "\n".join(others) + "\n", LAST])
+    return "\n".join([HEAD, *recipe, *files, TAIL, ENVIRONMENT, variables, OTHERS, "\n".join(others) + "\n", LAST])
 
 
 def _section(section: FieldInfo) -> str:
     model = section.annotation
     assert isinstance(model, type) and issubclass(model, BaseModel)
+    return _keys(model)
+
+
+def _keys(model: type[BaseModel]) -> str:
     return _table("key", (_row(key, field) for key, field in model.model_fields.items()))
 
 
@@ -95,7 +100,8 @@ def _type(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return " or ".join(f"`{member.value}`" for member in annotation)
     if get_origin(annotation) is tuple and Ellipsis in get_args(annotation):
-        return "list of text"
+        item = get_args(annotation)[0]
+        return "list of tables" if isinstance(item, type) and issubclass(item, BaseModel) else "list of text"
     if get_origin(annotation) is tuple:
         return f"{len(get_args(annotation))} numbers"
     kinds = [kind for kind in get_args(annotation) if kind is not NoneType]

@@ -20,7 +20,7 @@ from mars_shared.settings import load_recipe
 from mars_shared.telemetry import EventLog, read_events
 from mars_trainer.checkpoint import Checkpoint, Ledger
 from mars_trainer.credit import Credit
-from mars_trainer.datasets import load_dataset
+from mars_trainer.datasets import RunData, load_dataset
 from mars_trainer.dispatch import PromptMaker
 from mars_trainer.exchange import Answer
 from mars_trainer.loop import Progress, TrainingRun
@@ -111,7 +111,7 @@ def make_run(folder: Path, replies: Replies, pupil: Pupil, shelf: Shelf, **train
     version = PolicyVersion(incarnation=1, step=0)
     return TrainingRun(
         recipe=recipe,
-        dataset=load_dataset("digits"),
+        data=RunData(load_dataset("digits").train, {}),
         learner=cast(Any, pupil),
         prompts=PromptMaker(recipe, BlobStore(folder / "blobs")),
         training=cast(Any, replies),
@@ -120,6 +120,7 @@ def make_run(folder: Path, replies: Replies, pupil: Pupil, shelf: Shelf, **train
         checkpoints=cast(Any, shelf),
         events=EventLog(folder / "events.jsonl"),
         samples=SampleLog(folder / "groups.jsonl"),
+        evaluations=folder / "evaluations",
         ledger=Ledger(run="test", model="m", version=version, next_dispatch_index=0, consumed=()),
         progress=Progress(run="test", steps=3, version=version),
     )

@@ -23,7 +23,7 @@ from mars_trainer.algorithm.advantages import mars_advantages
 from mars_trainer.algorithm.bootstrap import mean_interval
 from mars_trainer.datasets.base import Sample
 from mars_trainer.dispatch import PromptMaker, place_of
-from mars_trainer.evaluate import metric_of, summarise
+from mars_trainer.evaluate import Evaluation, metric_of, read_results, result_of, summarise, summarise_by_dataset, write_results
 from mars_trainer.samples import KEEP_EVERY_STEPS, KEEP_PER_EVALUATION, KEEP_PER_STEP, Occasion, SampleLog, read_samples
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -38,8 +38,12 @@ def answered(multi: float, mono: Mapping[str, float], *, index: int = 0, parsed:
     return make_scored(make_group(prompt), scores)
 
 
+def summarised(groups: Sequence[ScoredGroup]) -> Evaluation:
+    return summarise([result_of(scored, "digits") for scored in groups])
+
+
 def test_multi_mono_and_union_by_hand() -> None:
-    result = summarise(
+    result = summarised(
         [
             answered(1, {"visible": 0, "infrared": 0}),
             answered(0, {"visible": 1, "infrared": 0}),
@@ -59,19 +63,20 @@ def test_multi_mono_and_union_by_hand() -> None:
         "mono": {"visible": 0.4, "infrared": 0.4},
         "union": 0.6,
         "parsed": 1.0,
+        "correct": 0.4,
         "multi_minus_union": pytest.approx(-0.2),
     }
 
 
 def test_unparseable_answers_count_as_wrong_and_stay_in_the_denominator() -> None:
     wrong = answered(0, {"visible": 0, "infrared": 0}, parsed=(False, False, True))
-    result = summarise([answered(1, {"visible": 1, "infrared": 1}), wrong])
+    result = summarised([answered(1, {"visible": 1, "infrared": 1}), wrong])
     assert (result.multi, result.union) == (0.5, 0.5)
     assert result.parsed == pytest.approx(4 / 6)
 
 
 def test_a_source_counts_over_the_samples_that_have_it() -> None:
-    result = summarise([answered(1, {"visible": 1, "infrared": 0}), answered(1, {"visible": 0, "depth": 1})])
+    result = summarised([answered(1, {"visible": 1, "infrared": 0}), answered(1, {"visible": 0, "depth": 1})])
     assert result.mono == {"visible": 0.5, "infrared": 0.0, "depth": 1.0}
     assert result.union == 1.0
 
@@ -79,7 +84,7 @@ def test_a_source_counts_over_the_samples_that_have_it() -> None:
 @settings(deadline=None)
 @given(st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1, max_size=6))
 def test_no_single_source_beats_the_union(values: list[tuple[float, float, float]]) -> None:
-    result = summarise([answered(m, {"visible": v, "infrared": i}) for m, v, i in values])
+    result = summarised([answered(m, {"visible": v, "infrared": i}) for m, v, i in values])
     assert result.union >= max(result.mono.values()) - 1e-9
     assert 0 <= result.multi <= 1 and result.multi_minus_union == result.multi - result.union
 
@@ -87,12 +92,12 @@ def test_no_single_source_beats_the_union(values: list[tuple[float, float, float
 def test_intervals_are_of_paired_differences() -> None:
     """Multi is 0.25 below the union on every sample, however much both vary: no doubt about the difference."""
     groups = [answered(value, {"visible": value + 0.25, "infrared": 0}, index=i) for i, value in enumerate((0, 0.5, 0.75, 0.25))]
-    result = summarise(groups)
+    result = summarised(groups)
     assert result.intervals["multi_minus_union"] == pytest.approx((-0.25, -0.25))
     low, high = result.intervals["multi"]
     assert low < result.multi < high
     assert result.intervals["mono/infrared"] == (0.0, 0.0)
-    assert summarise(groups).intervals == result.intervals
+    assert summarised(groups).intervals == result.intervals
 
 
 @settings(deadline=None)
@@ -121,6 +126,22 @@ def test_the_metric_is_accuracy_or_iou_and_never_the_format() -> None:
 def test_an_evaluation_without_any_answer_is_an_error() -> None:
     with pytest.raises(InputError, match="not one sample was answered"):
         summarise([])
+
+
+def test_every_dataset_gets_an_evaluation_of_its_own() -> None:
+    groups = [answered(1, {"visible": 1}), answered(0, {"depth": 1}), answered(0, {"depth": 0})]
+    results = [result_of(scored, name) for scored, name in zip(groups, ("llvip", "spatialqa", "spatialqa"), strict=True)]
+    entry = summarise_by_dataset(results)
+    assert entry["multi"] == pytest.approx(1 / 3) and list(entry["datasets"]) == ["llvip", "spatialqa"]
+    assert entry["datasets"]["llvip"]["mono"] == {"visible": 1.0}
+    assert (entry["datasets"]["spatialqa"]["multi"], entry["datasets"]["spatialqa"]["union"]) == (0.0, 0.5)
+
+
+def test_results_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    results = [result_of(answered(1, {"visible": 0}, index=index), "digits") for index in range(3)]
+    write_results(tmp_path / "evaluations" / "step_0.jsonl", results)
+    assert read_results(tmp_path / "evaluations" / "step_0.jsonl") == results
+    assert results[1].prompt_id == "sample-1" and results[1].metric == "accuracy" and results[1].truth == "7"
 
 
 def make_recipe(tmp_path: Path) -> Recipe:

@@ -49,6 +49,7 @@ BEFORE = Evaluation(
     mono={"visible": 0.5, "infrared": 0.25},
     union=0.75,
     parsed=1.0,
+    correct=0.25,
     intervals=dict.fromkeys(("multi", "mono/visible", "mono/infrared", "union", "multi_minus_union"), (0.0, 0.5)),
 )
 AFTER = replace(BEFORE, multi=0.75, intervals=BEFORE.intervals | {"multi": (0.625, 0.875)})

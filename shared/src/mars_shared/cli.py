@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -56,9 +57,18 @@ def up(recipe_path: RecipePath, port: BasePort = 8100) -> None:
 
 
 @app.command()
-def train(recipe_path: RecipePath, port: BasePort = 8100) -> None:
+def train(
+    recipe_path: RecipePath,
+    port: BasePort = 8100,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="start nothing; show the resolved run, the memory it needs and its first prompt")
+    ] = False,
+) -> None:
     """Start everything, train to the recipe's last step, end everything."""
     recipe = load_recipe(recipe_path)
+    if dry_run:
+        _module("mars_trainer.dry_run", "--recipe", str(recipe_path))
+        return
     _run(recipe_path, recipe, port, trainer="once")
 
 
@@ -114,11 +124,21 @@ def data(context: typer.Context) -> None:
 @app.command(name="eval")
 def evaluate(
     recipe_path: RecipePath,
+    files: Annotated[
+        list[Path] | None, typer.Option("--data", help="a dataset to evaluate on, any number of times; default: the recipe's")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="samples of each dataset; default: data.eval_samples")] = None,
+    released: Annotated[bool, typer.Option("--released", help="numbers as the paper's released script computes them")] = False,
     port: BasePort = 8100,
 ) -> None:
-    """Evaluate a run's newest policy (or its start, if it has none): Multi, Mono per source, Union."""
+    """Evaluate a run's newest policy (or its start, if it has none): Multi, Mono per source, Union, for each dataset."""
+    if files:
+        os.environ["MARS_DATA__TEST"] = json.dumps([{"path": str(path)} for path in files])
+    if samples is not None:
+        os.environ["MARS_DATA__EVAL_SAMPLES"] = str(samples)
     recipe = load_recipe(recipe_path)
     _run(recipe_path, recipe, port, trainer="evaluate")
+    _module("mars_trainer.results", "--recipe", str(recipe_path), *(["--released"] if released else []))
 
 
 @app.command()

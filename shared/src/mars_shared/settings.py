@@ -50,13 +50,42 @@ class DatasetName(StrEnum):
     SCENE = "scene"
 
 
+class DataFiles(Section):
+    """One dataset in files; docs/data.md tells the formats."""
+
+    path: Path = Field(description="a file, or the folder of LLVIP or of a saved Hugging Face dataset")
+    name: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_.-]+$", description="names the dataset in results; None: as its file or folder"
+    )
+    format: str | None = Field(default=None, description="one of those in docs/data.md; None: what the file looks like")
+    split: str | None = Field(default=None, description="the part to read, for formats that have splits, e.g. train")
+    images: Path | None = Field(default=None, description="folder that image paths are below; None: the dataset's own")
+    sources: tuple[str, ...] | None = Field(
+        default=None, description="source names in image order, for formats that name none; None: image-1, image-2, ..."
+    )
+
+
 class DataSection(Section):
-    dataset: DatasetName = Field(description="what is trained on, and held out for evaluations")
+    dataset: DatasetName | None = Field(
+        default=None, description="made on the spot: trained on, and held out where `test` is empty; either this or `train`"
+    )
+    train: tuple[DataFiles, ...] = Field(default=(), description="files trained on: `[[data.train]]`, one or more")
+    test: tuple[DataFiles, ...] = Field(default=(), description="files held out for evaluations: `[[data.test]]`")
+    test_share: float = Field(
+        default=0.05, gt=0, lt=1, description="share of the rows of `train` held out, by hash of their images, if `test` is empty"
+    )
     source_names: tuple[str, ...] | None = Field(
         default=None, description="the sources that the policy knows, e.g. visible and infrared; others are refused. None: any"
     )
     max_image_pixels: int = Field(default=4096 * 4096, ge=1, description="an image with more is refused")
-    eval_samples: int = Field(default=256, ge=1, description="held-out samples that an evaluation uses")
+    eval_samples: int = Field(default=256, ge=1, description="held-out samples of each dataset that an evaluation uses")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.dataset is None) == (not self.train):
+            came = "neither" if self.dataset is None else "both"
+            raise ValueError(f"{came} of data.dataset and data.train given; expected one of them")
+        return self
 
 
 class RolloutSection(Section):

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mars_reward.registry import check_recipe, score
-from mars_reward.rewards.released_eval import released_correct, released_miou
+from mars_reward.rewards.released_eval import released_eval
 from mars_shared.contracts import BoxesTruth, BoxFrame, FrameKind, ScoreItem, TextTruth
 from mars_shared.errors import InputError, MarsError
 from mars_shared.http import explain_validation
@@ -129,9 +129,8 @@ def _grounding_item(completion: str, boxes: list[Any]) -> ScoreItem:
 
 
 def _released(item: ScoreItem) -> dict[str, Any]:
-    if isinstance(item.truth, BoxesTruth):
-        return {"eval_miou": released_miou(item.completion, item.truth.boxes)}
-    return {"eval_correct": released_correct(item.completion, item.truth.text)}
+    found = released_eval(item.completion, item.truth)
+    return {"eval_miou": found.value} if isinstance(item.truth, BoxesTruth) else {"eval_correct": found.correct}
 
 
 def _short(value: object) -> str:

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from mars_reward.metrics import GROUPS, ITEMS, SECONDS
 from mars_reward.registry import check_recipe, score
-from mars_shared.contracts import Completion, Purpose, RolloutGroup, ScoredGroup, ScoreItem
+from mars_reward.rewards.released_eval import released_eval
+from mars_shared.contracts import Completion, Purpose, RolloutGroup, Score, ScoredGroup, ScoreItem
 from mars_shared.errors import InputError, LeaseLostError, QueueError
 from mars_shared.http import explain_validation
 from mars_shared.patience import FIRST_PAUSE_S, longer
@@ -34,29 +35,36 @@ LOOK_S = 0.5
 def score_group(group: RolloutGroup, recipe: str) -> ScoredGroup:
     """Score every completion, each with the box frame of the view it saw.
 
+    Evaluation groups are scored by EVALUATION_RECIPE, and as the released evaluation script does, beside it.
+
     Raises:
         ConfigError: unknown recipe.
         InputError: no ground truth, or a completion that cannot be scored; the message names it.
     """
     started_at, start_s = time.time(), time.perf_counter()
-    truth, recipe = group.prompt.truth, EVALUATION_RECIPE if group.prompt.purpose is Purpose.EVAL else recipe
+    truth, evaluates = group.prompt.truth, group.prompt.purpose is Purpose.EVAL
+    recipe = EVALUATION_RECIPE if evaluates else recipe
     if truth is None:
         raise InputError(f"group {group.group_id}: prompt {group.prompt.prompt_id!r} has no truth; expected boxes or a text")
-    scores = tuple(
-        score(
-            ScoreItem(
-                completion=completion.text,
-                truth=truth,
-                frame=group.view_of(completion.source).frame,
-                question=group.prompt.question,
-            ),
-            recipe,
-            what=name_of(completion),
+    scores = tuple(_score(completion, group, recipe) for completion in group.completions)
+    if evaluates:
+        scores = tuple(
+            scored.model_copy(update={"released": released_eval(completion.text, truth)})
+            for completion, scored in zip(group.completions, scores, strict=True)
         )
-        for completion in group.completions
-    )
     reward_s = time.perf_counter() - start_s
     return ScoredGroup(group=group, scores=scores, recipe=recipe, scoring_started_at=started_at, reward_s=reward_s)
+
+
+def _score(completion: Completion, group: RolloutGroup, recipe: str) -> Score:
+    assert group.prompt.truth is not None
+    item = ScoreItem(
+        completion=completion.text,
+        truth=group.prompt.truth,
+        frame=group.view_of(completion.source).frame,
+        question=group.prompt.question,
+    )
+    return score(item, recipe, what=name_of(completion))
 
 
 def name_of(completion: Completion) -> str:

@@ -23,7 +23,7 @@ from mars_shared.telemetry import EventLog, configure_logging
 from mars_shared.weights import WeightsStore, model_fingerprint
 from mars_trainer.app import build_app
 from mars_trainer.checkpoint import CheckpointStore, Ledger
-from mars_trainer.datasets import load_dataset
+from mars_trainer.datasets import RunData, open_data, open_held_out
 from mars_trainer.dispatch import PromptMaker
 from mars_trainer.exchange import Exchange, trainer_queue
 from mars_trainer.learner import Learner
@@ -75,9 +75,10 @@ async def serve(recipe: Recipe, deployment: Deployment, port: int, mode: str) ->
     Returns whether the work was done, not cut off by a signal.
     """
     loop = asyncio.get_running_loop()
+    data = RunData((), open_held_out(recipe.data)) if mode == "evaluate" else open_data(recipe.data)
     queue = trainer_queue(deployment.redis_url)
     await queue.ping()
-    run = build_run(recipe, queue)
+    run = build_run(recipe, queue, data)
     server = HttpServer(build_app(deployment, run.progress), bind(deployment.host, port))
     await server.start()
     work = run.evaluate_newest() if mode == "evaluate" else run.run()
@@ -105,7 +106,7 @@ async def stopped(loop: asyncio.AbstractEventLoop) -> None:
     await event.wait()
 
 
-def build_run(recipe: Recipe, queue: Queue) -> TrainingRun:
+def build_run(recipe: Recipe, queue: Queue, data: RunData) -> TrainingRun:
     """A run that goes on from its newest checkpoint, under an incarnation newer than all before."""
     blobs = BlobStore(recipe.run.dir / "blobs")
     weights = WeightsStore(recipe.run.dir / "weights")
@@ -131,7 +132,7 @@ def build_run(recipe: Recipe, queue: Queue) -> TrainingRun:
 
     return TrainingRun(
         recipe=recipe,
-        dataset=load_dataset(recipe.data.dataset),
+        data=data,
         learner=learner,
         prompts=PromptMaker(recipe, blobs),
         training=exchange(Purpose.TRAIN),
@@ -140,6 +141,7 @@ def build_run(recipe: Recipe, queue: Queue) -> TrainingRun:
         checkpoints=checkpoints,
         events=EventLog(recipe.run.dir / "events.jsonl"),
         samples=SampleLog(recipe.run.dir / "groups.jsonl"),
+        evaluations=recipe.run.dir / "evaluations",
         ledger=ledger,
         progress=Progress(
             run=recipe.run.name,

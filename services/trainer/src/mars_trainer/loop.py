@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mars_shared.contracts import PolicyVersion, Prompt, WeightManifest
@@ -21,9 +22,9 @@ from mars_shared.telemetry import EventLog, read_events
 from mars_trainer.batch import Batch
 from mars_trainer.checkpoint import Checkpoint, CheckpointStore, Ledger
 from mars_trainer.credit import credit
-from mars_trainer.datasets.base import Dataset
+from mars_trainer.datasets import RunData
 from mars_trainer.dispatch import PromptMaker, place_of
-from mars_trainer.evaluate import evaluate
+from mars_trainer.evaluate import evaluate, results_name, summarise_by_dataset, write_results
 from mars_trainer.exchange import Answer, Exchange
 from mars_trainer.learner import Learner
 from mars_trainer.metrics import finite, rollout_metrics
@@ -57,7 +58,7 @@ class TrainingRun:
     """One incarnation of a run, from its newest checkpoint to its last step."""
 
     recipe: Recipe
-    dataset: Dataset
+    data: RunData
     learner: Learner
     prompts: PromptMaker
     training: Exchange
@@ -66,6 +67,8 @@ class TrainingRun:
     checkpoints: CheckpointStore
     events: EventLog
     samples: SampleLog
+    evaluations: Path
+    """Folder of the results of every sample, one file an evaluation."""
     ledger: Ledger
     progress: Progress
     _unacknowledged: list[Answer] = field(default_factory=list)
@@ -162,11 +165,23 @@ class TrainingRun:
             )
 
     def _next_prompt(self) -> Prompt:
-        index = self.progress.next_dispatch_index
-        self.progress.next_dispatch_index += 1
-        place = place_of(index, rows=len(self.dataset.train), seed=self.recipe.run.seed)
-        sample = self.dataset.train[place.row]
-        return self.prompts.training(sample, epoch=place.epoch, dispatch_index=index, version=self.version)
+        """The prompt of the next dispatch index; a sample that cannot be opened is passed over, and said.
+
+        Raises:
+            InputError: not one sample of the training set can be opened.
+        """
+        rows = len(self.data.train)
+        for _ in range(rows):
+            index = self.progress.next_dispatch_index
+            self.progress.next_dispatch_index += 1
+            place = place_of(index, rows=rows, seed=self.recipe.run.seed)
+            try:
+                sample = self.data.train[place.row]
+                return self.prompts.training(sample, epoch=place.epoch, dispatch_index=index, version=self.version)
+            except InputError as error:
+                self.progress.dead.append(index)
+                self.events.write("dead", reason=str(error))
+        raise InputError(f"none of the {rows} training samples can be opened; see the events, or run `mars data check`")
 
     def _replacement(self, prompt: Prompt, letter: DeadLetter) -> Prompt | None:
         """Another prompt for a dead one; a step that loses too many does with fewer."""
@@ -215,14 +230,14 @@ class TrainingRun:
         if not again and any(event["step"] == self.version.step for event in read_events(self.events.path, "evaluation")):
             return
         self.progress.state = "evaluating"
-        held_out = self.dataset.test[: self.recipe.data.eval_samples]
 
         def on_dead(reason: str) -> None:
             self.events.write("dead", reason=reason)
 
         began = time.time()
-        result, answers = await evaluate(self.evaluation, self.prompts, held_out, self.version, on_dead)
-        entry = {"step": self.version.step, **result.as_dict(), "seconds": time.time() - began}
+        results, answers = await evaluate(self.evaluation, self.prompts, self.data.held_out, self.version, on_dead)
+        entry = {"step": self.version.step, **summarise_by_dataset(results), "seconds": time.time() - began}
+        write_results(self.evaluations / results_name(self.version.step), results)
         self.progress.evaluations.append(entry)
         self.events.write("evaluation", **entry)
         self.samples.evaluation(self.version.step, [answer.scored for answer in answers])

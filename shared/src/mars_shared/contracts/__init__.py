@@ -17,7 +17,7 @@ from mars_shared.contracts.prompt import (
     Truth,
     View,
 )
-from mars_shared.contracts.reward import Score, ScoredGroup, ScoreItem, ScoreRequest, ScoreResponse
+from mars_shared.contracts.reward import ReleasedEval, Score, ScoredGroup, ScoreItem, ScoreRequest, ScoreResponse
 from mars_shared.contracts.rollout import (
     BoxFrame,
     Completion,
@@ -45,6 +45,7 @@ __all__ = [
     "PolicyVersion",
     "Prompt",
     "Purpose",
+    "ReleasedEval",
     "RenderedView",
     "RolloutGroup",
     "SamplingSpec",

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from mars_shared.contracts.base import Contract, Message, PolicyVersion
 
 BlobHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="blake3 of the original encoded bytes")]
-SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$")]
+SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$"
+SourceName = Annotated[str, Field(pattern=SOURCE_NAME)]
 Box = tuple[float, float, float, float]
 
 

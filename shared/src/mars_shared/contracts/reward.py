@@ -18,12 +18,22 @@ class ScoreItem(Contract):
     question: str | None = None
 
 
+class ReleasedEval(Contract):
+    """What the paper's released evaluation script says of a completion."""
+
+    value: float | None = Field(
+        description="mIoU, or 1 for a right text and 0 for a wrong one; None: the script drops the sample"
+    )
+    correct: bool
+
+
 class Score(Contract):
     """A reward and its named parts, e.g. {"format": 0.5, "accuracy": 1.0}."""
 
     reward: float
     parts: dict[str, float]
     parsed: bool = Field(description="whether an answer could be read from the completion")
+    released: ReleasedEval | None = Field(default=None, description="of evaluation groups")
 
 
 class ScoreRequest(Message):

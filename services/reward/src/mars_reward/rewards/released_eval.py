@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from mars_reward.rewards.boxes import Box, pairwise_iou
 from mars_reward.rewards.format import answers_of, fenced_json_of
+from mars_shared.contracts import BoxesTruth, ReleasedEval, Truth
 
 _INT, _DECIMAL = r"(\d+)", r"(\d+\.\d+)"
 _PATTERNS = tuple(
@@ -28,6 +29,19 @@ _PATTERNS = tuple(
     )
 )
 """Ways to write a box; the first that matches anything is the one that counts."""
+
+
+CORRECT_MIOU = 0.5
+"""A sample is right above this (strictly)."""
+
+
+def released_eval(completion: str, truth: Truth) -> ReleasedEval:
+    """What the script says of a completion. Boxes are compared as they are written: the script converts no frames."""
+    if isinstance(truth, BoxesTruth):
+        miou = released_miou(completion, truth.boxes)
+        return ReleasedEval(value=miou, correct=miou is not None and miou > CORRECT_MIOU)
+    correct = released_correct(completion, truth.text)
+    return ReleasedEval(value=float(correct), correct=correct)
 
 
 def released_miou(completion: str, objects: Sequence[Box]) -> float | None:

@@ -1,15 +1,41 @@
-"""Datasets that need no download: `load_dataset` knows them by name."""
+"""What a run trains on and is evaluated with: `open_data` reads the recipe's data section."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 
-from mars_shared.settings import DatasetName
+from mars_shared.errors import ConfigError
+from mars_shared.settings import DataFiles, DataSection, DatasetName
 from mars_trainer.datasets.base import Dataset, LazySplit, Sample, Split
 from mars_trainer.datasets.digits import DigitsDataset
+from mars_trainer.datasets.files import is_held_out, name_of, read_files, samples_of
 from mars_trainer.datasets.scene import SceneDataset
 
-__all__ = ["Dataset", "DigitsDataset", "LazySplit", "Sample", "SceneDataset", "Split", "load_dataset"]
+__all__ = [
+    "Dataset",
+    "DigitsDataset",
+    "LazySplit",
+    "RunData",
+    "Sample",
+    "SceneDataset",
+    "Split",
+    "load_dataset",
+    "open_data",
+    "open_held_out",
+]
+
+HeldOut = dict[str, Sequence[Sample]]
+"""Held-out samples by dataset."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run's samples, each made or opened when it is asked for; that raises InputError where its images are not in order."""
+
+    train: Sequence[Sample]
+    held_out: HeldOut
 
 
 @cache
@@ -20,3 +46,71 @@ def load_dataset(name: DatasetName | str) -> Dataset:
             return DigitsDataset()
         case DatasetName.SCENE:
             return SceneDataset()
+
+
+def open_data(data: DataSection) -> RunData:
+    """The samples to train on and those held out, `eval_samples` of each dataset.
+
+    Raises:
+        ConfigError: files cannot be read, rows are faulty, or nothing is left to train on or to hold out.
+    """
+    if data.dataset is not None:
+        return RunData(load_dataset(data.dataset).train, open_held_out(data))
+    train: list[Sequence[Sample]] = []
+    held_out = _files_held_out(data)
+    for files in data.train:
+        records = read_files(files, data.source_names)
+        if not data.test:
+            kept_back = [record for record in records if is_held_out(record, data.test_share)]
+            records = [record for record in records if not is_held_out(record, data.test_share)]
+            if kept_back:
+                _add(held_out, files, data, samples_of(files, kept_back, max_image_pixels=data.max_image_pixels))
+        train.append(samples_of(files, records, max_image_pixels=data.max_image_pixels))
+    if not held_out or not sum(map(len, train)):
+        raise ConfigError(
+            f"data.train has {sum(map(len, train))} rows to train on and {sum(map(len, held_out.values()))} held out "
+            f"(data.test_share is {data.test_share}); expected some of both: name files in data.test, or change the share"
+        )
+    return RunData(_chained(train), held_out)
+
+
+def open_held_out(data: DataSection) -> HeldOut:
+    """Only what evaluations use; files to train on are read only where their rows are held out.
+
+    Raises:
+        ConfigError: as `open_data`.
+    """
+    if data.test:
+        return _files_held_out(data)
+    if data.dataset is None:
+        return open_data(data).held_out
+    return {data.dataset.value: _first(load_dataset(data.dataset).test, data.eval_samples)}
+
+
+def _files_held_out(data: DataSection) -> HeldOut:
+    held_out: HeldOut = {}
+    for files in data.test:
+        records = read_files(files, data.source_names)
+        _add(held_out, files, data, samples_of(files, records, max_image_pixels=data.max_image_pixels))
+    return held_out
+
+
+def _add(held_out: HeldOut, files: DataFiles, data: DataSection, samples: Sequence[Sample]) -> None:
+    name = name_of(files)
+    if name in held_out:
+        raise ConfigError(f"two held-out datasets are called {name!r}; give them a `name` each")
+    held_out[name] = _first(samples, data.eval_samples)
+
+
+def _first(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
+    return LazySplit(min(count, len(samples)), samples.__getitem__)
+
+
+def _chained(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
+    places = list(_places(parts))
+    return LazySplit(len(places), lambda row: parts[places[row][0]][places[row][1]])
+
+
+def _places(parts: Sequence[Sequence[Sample]]) -> Iterator[tuple[int, int]]:
+    for part, samples in enumerate(parts):
+        yield from ((part, row) for row in range(len(samples)))

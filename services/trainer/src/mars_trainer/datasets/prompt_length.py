@@ -50,17 +50,27 @@ class PromptRuler:
         for token in self._special:
             if token in record.question:
                 raise InputError(f"{record.where}: the question contains the model's special token {token!r}; remove it")
-        messages = build_messages(record.question, [image.name for image in record.images])
-        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        images = [self._image_tokens(size, record, image.name) for size, image in zip(sizes_px, record.images, strict=True)]
+        names = [image.name for image in record.images]
+        ids = self._tokenizer(self.text(record.question, names), add_special_tokens=False)["input_ids"]
+        images = [
+            self.image_tokens(size, what=f"{record.where}: source {name!r}") for size, name in zip(sizes_px, names, strict=True)
+        ]
         return len(ids) - len(images) + sum(images)
 
-    def _image_tokens(self, size_px: SizePx, record: Record, name: str) -> int:
+    def text(self, question: str, names: Sequence[str]) -> str:
+        """The multi-source prompt as the chat template writes it, one placeholder an image."""
+        text = self._tokenizer.apply_chat_template(build_messages(question, names), add_generation_prompt=True, tokenize=False)
+        return str(text)
+
+    def image_tokens(self, size_px: SizePx, *, what: str) -> int:
+        """Tokens of an image of (width, height).
+
+        Raises:
+            ImageError: the shape is refused by the model's processor; names `what`.
+        """
         width, height = size_px
         try:
             tall, wide = smart_resize(height, width, self._side_px, *self._pixels)
         except ValueError as error:
-            raise ImageError(
-                f"{record.where}: source {name!r}: {width} x {height} pixels cannot be resized for the model ({error})"
-            ) from error
+            raise ImageError(f"{what}: {width} x {height} pixels cannot be resized for the model ({error})") from error
         return int((tall // self._side_px) * (wide // self._side_px))

@@ -1,0 +1,177 @@
+"""What an evaluation found, as a table for the terminal and as Markdown: the end of `mars eval`.
+
+One row for each dataset and view: Multi, Mono of each source, Union, Multi - Union.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mars_shared.errors import ConfigError, MarsError
+from mars_shared.files import write_atomic
+from mars_shared.settings import Recipe, load_recipe
+from mars_shared.telemetry import read_events
+from mars_trainer.algorithm.bootstrap import Interval, mean_interval
+from mars_trainer.evaluate import CORRECT_IOU, Result, SampleResult, by_dataset, read_results, results_name
+
+COLUMNS = ("dataset", "view", "samples", "metric", "mean", "95 %", "correct", "parsed")
+METRICS = {"accuracy": "accuracy", "iou": "mIoU"}
+MEAN_OF_DATASETS = "mean of datasets"
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """Means of one view over a dataset's samples, as fractions; None where there is nothing to average.
+
+    `samples` is what is averaged over: by the released arithmetic, those that its script doesn't drop.
+    """
+
+    dataset: str
+    view: str
+    metric: str
+    samples: int
+    mean: float | None
+    interval: Interval | None = None
+    correct: float | None = None
+    parsed: float | None = None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """As COLUMNS."""
+        interval = "" if self.interval is None else f"{self.interval[0]:.3f} to {self.interval[1]:.3f}"
+        numbers = ["" if value is None else f"{value:.3f}" for value in (self.mean, self.correct, self.parsed)]
+        return self.dataset, self.view, str(self.samples), self.metric, numbers[0], interval, numbers[1], numbers[2]
+
+
+def result_rows(results: Sequence[SampleResult], *, released: bool = False) -> list[ResultRow]:
+    """The table's rows.
+
+    Args:
+        released: by the arithmetic of the paper's released script, which drops samples that it cannot
+            parse; Union is then over the sources that it doesn't drop.
+    """
+    rows = [row for name, part in by_dataset(results).items() for row in _rows_of(name, part, released)]
+    multi = [row.mean for row in rows if row.view == "Multi" and row.mean is not None]
+    if len(multi) > 1:
+        rows.append(ResultRow(MEAN_OF_DATASETS, "Multi", "", len(results), _mean(multi)))
+    return rows
+
+
+def _rows_of(name: str, results: Sequence[SampleResult], released: bool) -> Iterable[ResultRow]:
+    metric = " / ".join(sorted({METRICS[result.metric] for result in results}))
+    sources = dict.fromkeys(source for result in results for source in result.mono)
+    views = {"Multi": [result.multi for result in results]}
+    views |= {f"Mono {source}": [r.mono[source] for r in results if source in r.mono] for source in sources}
+    for view, answers in views.items():
+        kept = [answer for answer in answers if _value(answer, released) is not None]
+        values = [_known(_value(answer, released)) for answer in kept]
+        yield ResultRow(
+            dataset=name,
+            view=view,
+            metric=metric,
+            samples=len(kept),
+            mean=_mean(values),
+            interval=mean_interval(values) if values else None,
+            correct=_mean([_correct(answer, released) for answer in kept]),
+            parsed=_mean([answer.parsed for answer in answers]),
+        )
+    pairs = [(_value(result.multi, released), _union(result, released)) for result in results]
+    union = [best for _, best in pairs if best is not None]
+    yield ResultRow(name, "Union", metric, len(union), _mean(union), mean_interval(union) if union else None)
+    paired = [value - best for value, best in pairs if value is not None and best is not None]
+    yield ResultRow(name, "Multi - Union", metric, len(paired), _mean(paired), mean_interval(paired) if paired else None)
+
+
+def _value(result: Result, released: bool) -> float | None:
+    if not released:
+        return result.value
+    assert result.released is not None
+    return result.released.value
+
+
+def _correct(result: Result, released: bool) -> bool:
+    if not released:
+        return result.value > CORRECT_IOU
+    assert result.released is not None
+    return result.released.correct
+
+
+def _union(result: SampleResult, released: bool) -> float | None:
+    values = [value for answer in result.mono.values() if (value := _value(answer, released)) is not None]
+    return max(values, default=None)
+
+
+def _known(value: float | None) -> float:
+    assert value is not None
+    return value
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def markdown(rows: Sequence[ResultRow], title: str) -> str:
+    """The rows as a Markdown table below a heading."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells for row in rows)]
+    return "\n".join([f"# {title}", "", *("| " + " | ".join(cells) + " |" for cells in lines), ""])
+
+
+def show(rows: Sequence[ResultRow], title: str, console: Console) -> None:
+    """The rows in the terminal."""
+    table = Table(title=title)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("dataset", "view", "metric") else "right")
+    before = None
+    for row in rows:
+        if before is not None and row.dataset != before:
+            table.add_section()
+        table.add_row(*row.cells)
+        before = row.dataset
+    console.print(table)
+
+
+def newest_results(recipe: Recipe) -> tuple[int, Path]:
+    """Step and file of the run's newest evaluation.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    evaluations = read_events(recipe.run.dir / "events.jsonl", "evaluation")
+    if not evaluations:
+        raise ConfigError(f"{recipe.run.dir} has no evaluation; expected one that `mars eval` or a run made")
+    step = evaluations[-1]["step"]
+    return step, recipe.run.dir / "evaluations" / results_name(step)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Show the newest evaluation and write it as Markdown beside its results; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="mars_trainer.results", description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--released", action="store_true", help="by the arithmetic of the paper's released script")
+    options = parser.parse_args(arguments)
+    try:
+        recipe = load_recipe(options.recipe)
+        step, file = newest_results(recipe)
+        rows = result_rows(read_results(file), released=options.released)
+    except MarsError as error:
+        sys.stderr.write(f"mars: {error}\n")
+        return error.exit_code
+    arithmetic = ", arithmetic of the released script" if options.released else ""
+    title = f"{recipe.run.name} after step {step}: held-out samples, greedy{arithmetic}"
+    show(rows, title, Console())
+    page = file.with_name(f"{file.stem}{'-released' if options.released else ''}.md")
+    write_atomic(page, markdown(rows, title).encode())
+    sys.stdout.write(f"every sample: {file}\ntable: {page}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
