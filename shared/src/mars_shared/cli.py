@@ -96,7 +96,7 @@ def _put_aside(folder: Path) -> Path:
 @app.command()
 def sft(
     out: Annotated[Path, typer.Option(help="folder of the model that is written", metavar="FOLDER")],
-    recipe_path: Annotated[Path | None, typer.Argument(help="TOML recipe whose model is fine-tuned", metavar="[RECIPE]")] = None,
+    recipe_path: Annotated[Path | None, typer.Argument(help="TOML recipe whose model is fine-tuned", metavar="RECIPE")] = None,
     target: Annotated[str | None, typer.Option(help="with RECIPE: answer or think; default: its sft.target")] = None,
     seed: Annotated[int | None, typer.Option(help="without RECIPE: of weights and demonstrations")] = None,
     steps: Annotated[int | None, typer.Option(help="without RECIPE: length of the learning rate's schedule")] = None,

@@ -50,8 +50,10 @@ def write_model(
                 shutil.copyfile(file, staged / file.name)
         for name, text in extra.items():
             (staged / name).write_text(f"{text}\n", encoding="utf-8")
-        for path in (*staged.iterdir(), staged):
-            fsync_path(path)
+        for file in staged.iterdir():
+            file.chmod(0o644)  # safetensors makes weights that only their owner can read
+            fsync_path(file)
+        fsync_path(staged)
         os.replace(staged, out)
         fsync_path(out.parent)
     finally:
