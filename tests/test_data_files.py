@@ -51,6 +51,18 @@ def test_our_own_lines_name_their_sources(tmp_path: Path) -> None:
     assert json.loads(jsonl_line(record)) == line(answer=[[1, 2, 30, 40]])
 
 
+def test_a_chain_of_thought_stands_beside_the_answer(tmp_path: Path) -> None:
+    record = only(write_lines(tmp_path, line(think="visible is clear")), "jsonl")
+    assert (record.thought, record.answer) == ("visible is clear", "7")
+    assert json.loads(jsonl_line(record)) == line(think="visible is clear")
+    with pytest.raises(InputError, match=r"questions.jsonl line 1: think"):
+        only(write_lines(tmp_path, line(think=" ")), "jsonl")
+    path = tmp_path / "m4.json"
+    path.write_text(json.dumps([conversation("a.jpg", "<image> Which?", "<think>A cup.</think><answer>B</answer>")]))
+    reasoned = only(path, "conversations")
+    assert (reasoned.thought, reasoned.answer) == ("A cup.", "B")
+
+
 def test_conversations_have_any_number_of_images(tmp_path: Path) -> None:
     path = tmp_path / "m4.json"
     views = [f"view{n}.jpg" for n in range(6)]

@@ -138,6 +138,15 @@ def test_verl_truths_are_text_or_boxes_or_boxes_as_json(tmp_path: Path, truth: A
     assert bytes_of(record, tmp_path) == [RED, BLUE]
 
 
+def test_a_chain_of_thought_stands_in_the_answer_or_in_a_column(tmp_path: Path) -> None:
+    reasoned = "<think>They are close.</think><answer>[[1, 2, 3, 4]]</answer>"
+    (verl,) = records(parquet(tmp_path / "verl.parquet", verl_row(truth=reasoned)))
+    (inside,) = records(parquet(tmp_path / "inside.parquet", trl_row(answer=reasoned)))
+    (beside,) = records(parquet(tmp_path / "beside.parquet", trl_row(answer="[[1, 2, 3, 4]]", think="They are close.")))
+    for record in (verl, inside, beside):
+        assert (record.thought, record.answer) == ("They are close.", ((1, 2, 3, 4),))
+
+
 def test_verl_ids_come_from_what_the_row_has_and_are_made_distinct(tmp_path: Path) -> None:
     rows = [verl_row(3), verl_row(3), verl_row(extra_info={"sample_id": "s"}), verl_row(extra_info=None)]
     found = [record.record_id for record in records(parquet(tmp_path / "a.parquet", *rows))]

@@ -95,7 +95,7 @@ def test_a_file_that_is_not_toml_is_refused_with_its_line(tmp_path: Path) -> Non
         (RECIPE + "[trian]\nsteps = 3", "unknown key trian"),
         ("steps = 3\n" + RECIPE, "unknown key steps"),
         (RECIPE.replace("steps = 3\n", ""), "missing key train.steps"),
-        (RECIPE.replace("[data]\ndataset", "[eval]\nevery = 1\n[data]\n#"), "missing key data.dataset"),
+        (RECIPE.replace("[data]\ndataset", "[eval]\nevery = 1\n[data]\n#"), "neither of data.dataset and data.train given"),
         (RECIPE.split("[train]")[0], "missing key train"),
         ("", "missing key run"),
     ],

@@ -22,8 +22,8 @@ from mars_trainer.batching import TokenLayout, expand_placeholders, pixels
 from mars_trainer.datasets import load_dataset
 from mars_trainer.datasets.base import PAIR
 from mars_trainer.model import Policy, load_policy
-from mars_trainer.sft import Demonstration, SftConfig, answer_text, demonstrate, encode, sft
 from mars_trainer.tiny import SPECIAL_TOKENS, build_tokenizer, write_tiny
+from mars_trainer.warm_start import Demonstration, WarmStartConfig, answer_text, demonstrate, encode, warm_start
 
 COMMITTED = Path(__file__).parents[1] / "models" / "tiny"
 BOXES = '[{"bbox_2d": [12, 40, 60, 100]}, {"bbox_2d": [0, 7, 9, 112]}]'
@@ -135,7 +135,7 @@ def test_a_demonstration_shows_the_images_of_its_view(policy: Policy, only: str 
 
 
 def test_pairs_are_answered_with_mixed_worth_and_single_sources_rightly(tmp_path: Path) -> None:
-    demos = demonstrate(load_dataset(DatasetName.DIGITS), 200, SftConfig(tmp_path), np.random.default_rng(0))
+    demos = demonstrate(load_dataset(DatasetName.DIGITS), 200, WarmStartConfig(tmp_path), np.random.default_rng(0))
     pairs, singles = ([d for d in demos if (d.only is None) is multi] for multi in (True, False))
     assert all(d.truth == d.sample.truth and d.thought == d.only for d in singles)
     assert {d.view for d in singles} == {View.SINGLE, View.REPEAT}
@@ -147,7 +147,10 @@ def test_pairs_are_answered_with_mixed_worth_and_single_sources_rightly(tmp_path
 def test_the_warm_start_lowers_its_loss_and_gives_the_same_weights_again(tmp_path: Path) -> None:
     lines: list[str] = []
     samples = ((DatasetName.DIGITS, 4), (DatasetName.SCENE, 2))
-    folders = [sft(SftConfig(tmp_path / name, steps=3, samples=samples, warmup_steps=1), lines.append) for name in ("one", "two")]
+    folders = [
+        warm_start(WarmStartConfig(tmp_path / name, steps=3, samples=samples, warmup_steps=1), lines.append)
+        for name in ("one", "two")
+    ]
     first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
     assert first == second
     digits, scene = re.fullmatch(r"warm start: step 3 of 3, loss digits (.+), scene (.+), \d+ s", lines[0]).groups()

@@ -103,10 +103,27 @@ def _put_aside(folder: Path) -> Path:
     raise AssertionError("numbers do not end")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def sft(context: typer.Context) -> None:
-    """Warm-start a tiny policy: mars sft --out FOLDER [--seed N] [--steps N] (python -m mars_trainer.sft --help lists all)."""
-    _module("mars_trainer.sft", *context.args)
+@app.command()
+def sft(
+    out: Annotated[Path, typer.Option(help="folder of the model that is written", metavar="FOLDER")],
+    recipe_path: Annotated[Path | None, typer.Argument(help="TOML recipe whose model is fine-tuned", metavar="RECIPE")] = None,
+    target: Annotated[str | None, typer.Option(help="with RECIPE: answer or think; default: its sft.target")] = None,
+    seed: Annotated[int | None, typer.Option(help="without RECIPE: of weights and demonstrations")] = None,
+    steps: Annotated[int | None, typer.Option(help="without RECIPE: length of the learning rate's schedule")] = None,
+    stop_after: Annotated[int | None, typer.Option(help="without RECIPE: steps taken of it")] = None,
+    threads: Annotated[int | None, typer.Option(help="without RECIPE: CPU threads")] = None,
+) -> None:
+    """Fine-tune RECIPE's model on its training samples, on answers or on chains of thought; without RECIPE make models/tiny anew."""
+    tiny = {"--seed": seed, "--steps": steps, "--stop-after": stop_after, "--threads": threads}
+    given = [part for name, value in tiny.items() if value is not None for part in (name, str(value))]
+    if recipe_path is None:
+        if target is not None:
+            raise ConfigError("--target was given without RECIPE; the tiny policy's warm start has no targets")
+        _module("mars_trainer.warm_start", "--out", str(out), *given)
+    elif given:
+        raise ConfigError(f"{given[0]} was given with RECIPE, whose [run], [sft] and [train] say it; set it there")
+    else:
+        _module("mars_trainer.sft", str(recipe_path), "--out", str(out), *(["--target", target] if target else []))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -210,6 +210,17 @@ class EvalSection(Section):
     every: int = Field(default=0, ge=0, description="steps between evaluations during training; 0: only start and end")
 
 
+class SftSection(Section):
+    target: Literal["answer", "think"] = Field(
+        default="think",
+        description="`mars sft` imitates `answer`: the answer alone; `think`: a chain of thought, then the answer",
+    )
+    steps: int = Field(default=100, ge=1, description="optimizer steps of `mars sft`")
+    samples_per_step: int = Field(default=32, ge=1, description="samples that one of its steps trains on")
+    learning_rate: float = Field(default=1e-5, gt=0, description="of its AdamW; constant after the warm-up")
+    warmup_steps: int = Field(default=10, ge=0, description="steps over which its learning rate rises from 0")
+
+
 class Recipe(BaseSettings):
     """Everything that defines a run."""
 
@@ -224,6 +235,7 @@ class Recipe(BaseSettings):
     reward: RewardSection = RewardSection()
     train: TrainSection
     eval: EvalSection = EvalSection()
+    sft: SftSection = SftSection()
 
     @model_validator(mode="after")
     def _completions_fit(self) -> Self:
@@ -348,6 +360,7 @@ class _StrictRecipe(BaseModel):
     reward: RewardSection = RewardSection()
     train: TrainSection
     eval: EvalSection = EvalSection()
+    sft: SftSection = SftSection()
 
 
 def load_deployment() -> Deployment:

@@ -1,182 +1,161 @@
-"""The warm start: teach a tiny random policy to answer in format, with much room left.
+"""Supervised fine-tuning of a recipe's model on its training samples: the warm start before reinforcement.
 
-Mostly it imitates right answers to single sources of any clarity (both mono-source views).
-To pairs it sees answers of mixed worth: the source that the thought names is drawn at random
-and part of the answers belong to other samples. So it reads single sources fairly, answers
-pairs in format, and has yet to learn which source to trust. Stopping early on the schedule
-leaves much to learn about reading too.
+Every sample is shown with all its sources, rendered as a replica renders it, and the model imitates one completion: the
+answer alone, or a chain of thought and the answer. The loss is the cross-entropy of the completion's tokens and the end token.
 
-    python -m mars_trainer.sft --out models/tiny --seed 0
+    python -m mars_trainer.sft recipes/digits.toml --out models/digits-sft --target think
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoProcessor
 
-from mars_shared.contracts import BoxesTruth, Truth, View
-from mars_shared.images import open_image
-from mars_shared.messages import build_messages, images_shown
-from mars_shared.settings import DatasetName
-from mars_trainer.batching import EncodedGroup, EncodedPrompt, expand_placeholders, make_microbatches, pixels
-from mars_trainer.datasets import Dataset, Sample, load_dataset
-from mars_trainer.datasets.base import PAIR
-from mars_trainer.model import Policy, completion_logprobs, layout_of
-from mars_trainer.tiny import save_policy, write_tiny
+from mars_shared.contracts import FrameKind
+from mars_shared.errors import DivergedError, InputError, MarsError, TooLongError
+from mars_shared.frames import resolved_box_frame
+from mars_shared.messages import build_messages
+from mars_shared.settings import Recipe, load_recipe
+from mars_trainer.batching import EncodedGroup, Microbatch, make_microbatches
+from mars_trainer.datasets import Sample, load_dataset
+from mars_trainer.dispatch import place_of
+from mars_trainer.imitation import completion_ids, completion_text, encode_prompt, frame_size, refuse_markup
+from mars_trainer.model import Policy, completion_logprobs, load_policy
+from mars_trainer.model_writer import refuse_to_overwrite, write_model
 
-EOS = "<|im_end|>"
-PATCH_PX = 14
-MAX_IMAGE_PIXELS = 1 << 20
+Target = Literal["answer", "think"]
+REPORT_EVERY_STEPS = 10
 
 
-@dataclass(frozen=True)
-class SftConfig:
-    """What a warm start depends on, besides package versions and CPU type.
+def sft(recipe: Recipe, out: Path, report: Callable[[str], None], target: Target | None = None) -> Path:
+    """Fine-tune the recipe's model and write it to a folder that can be another recipe's `model.path`.
 
-    Attributes:
-        out: folder of the model; made if it doesn't exist, files in it replaced.
-        steps: length of the schedule along which the learning rate falls.
-        stop_after: steps taken of it.
-        samples: demonstrations a step, by dataset.
-        learning_rate: its highest value; it warms up and then falls along a cosine.
-        mono_share: share of single-source demonstrations.
-        right_share: share of right answers among demonstrations on pairs.
+    Args:
+        out: must not exist yet, or be empty.
+        report: gets a line of progress now and then.
+        target: what is imitated, in place of the recipe's `sft.target`.
+
+    Raises:
+        ConfigError: the folder holds something, or the recipe's model cannot be used.
+        InputError: a sample cannot be demonstrated; names it.
+        DivergedError: the loss or a gradient is no finite number.
+    """
+    refuse_to_overwrite(out, recipe.model.path)
+    chosen: Target = target or recipe.sft.target
+    tuning = FineTuning(recipe, chosen)
+    loss = tuning.run(load_dataset(recipe.data.dataset).train, report)
+    facts = {"recipe": recipe.run.name, "target": chosen, "steps": recipe.sft.steps, "loss": loss}
+    write_model(tuning.policy.model, recipe.model.path, out, getattr(torch, recipe.model.dtype), {"sft.json": json.dumps(facts)})
+    return out
+
+
+class FineTuning:
+    """A model in fp32, its optimizer, and the demonstrations that it is shown.
+
+    Raises:
+        ConfigError, CheckpointError: the recipe's model folder cannot be used.
     """
 
-    out: Path
-    seed: int = 0
-    steps: int = 1000
-    stop_after: int = 600
-    samples: tuple[tuple[DatasetName, int], ...] = ((DatasetName.DIGITS, 32), (DatasetName.SCENE, 32))
-    learning_rate: float = 2e-3
-    warmup_steps: int = 50
-    mono_share: float = 0.85
-    right_share: float = 0.6
-    threads: int = 2
+    def __init__(self, recipe: Recipe, target: Target) -> None:
+        self._recipe, self._target = recipe, target
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._device.type == "cpu":
+            torch.set_num_threads(recipe.train.threads)
+            torch.use_deterministic_algorithms(True)
+        self._frame: FrameKind = resolved_box_frame(recipe.model)
+        self.policy: Policy = load_policy(recipe.model.path, torch.float32, self._device)
+        self.policy.model.eval()  # no dropout, as in the steps of reinforcement
+        self._optimizer = torch.optim.AdamW(
+            self.policy.model.parameters(), betas=recipe.train.adam_betas, weight_decay=recipe.train.weight_decay
+        )
+
+    def run(self, samples: Sequence[Sample], report: Callable[[str], None]) -> float:
+        """Train for the recipe's steps on `samples` in the run's seeded order; returns the last step's loss."""
+        settings, started, loss = self._recipe.sft, time.monotonic(), math.nan
+        for step in range(1, settings.steps + 1):
+            first = (step - 1) * settings.samples_per_step
+            places = range(first, first + settings.samples_per_step)
+            rows = [place_of(index, rows=len(samples), seed=self._recipe.run.seed).row for index in places]
+            loss = self.step([samples[row] for row in rows], step)
+            if step == 1 or step % REPORT_EVERY_STEPS == 0 or step == settings.steps:
+                report(f"sft: step {step} of {settings.steps}, loss {loss:.4f}, {time.monotonic() - started:.0f} s")
+        return loss
+
+    def step(self, samples: Sequence[Sample], step: int) -> float:
+        """One optimizer step, counted from 1; returns the mean cross-entropy of a token before it."""
+        settings, model = self._recipe.sft, self.policy.model
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, step / max(settings.warmup_steps, 1))
+        groups = [self.encode(sample) for sample in samples]
+        tokens = sum(len(group.completions[0]) for group in groups)
+        self._optimizer.zero_grad()
+        total = 0.0
+        for batch in make_microbatches(groups, self.policy.layout, self._recipe.train.tokens_per_microbatch):
+            loss = self._cross_entropy(batch.to(self._device)) / tokens
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self._recipe.train.max_grad_norm)
+        if not (torch.isfinite(norm) and math.isfinite(total)):
+            raise DivergedError(
+                f"step {step}: gradient norm {norm.item()}, loss {total}; expected finite numbers. Lower sft.learning_rate"
+            )
+        self._optimizer.step()
+        return total
+
+    def encode(self, sample: Sample) -> EncodedGroup:
+        """A sample as a group of the one completion to imitate.
+
+        Raises:
+            InputError: it has no chain though chains are the target, its texts hold markup, or it is too long.
+        """
+        thought = None
+        if self._target == "think":
+            if sample.thought is None or not sample.thought.strip():
+                raise InputError(f"sample {sample.prompt_id}: no chain of thought; give its row one, or train with target answer")
+            thought = sample.thought.strip()
+        refuse_markup(sample, self.policy)
+        names = tuple(sample.images)
+        messages = build_messages(sample.question, names)
+        prompt = encode_prompt(sample, messages, names, self.policy, self._recipe.data.max_image_pixels)
+        frame = frame_size(self._frame, sample.truth, prompt.grid_thw, self.policy)
+        ids = completion_ids(completion_text(sample.truth, thought, frame), self.policy)
+        length, most = len(prompt.token_ids) + len(ids), self._recipe.model.max_model_len
+        if length > most:
+            raise TooLongError(
+                f"sample {sample.prompt_id}: {length} tokens of prompt and completion; expected at most {most} (model.max_model_len)"
+            )
+        return EncodedGroup(prompt, (ids,))
+
+    def _cross_entropy(self, batch: Microbatch) -> torch.Tensor:
+        """Summed over the completions' tokens, at temperature 1."""
+        bf16 = self._device.type == "cuda" and self._recipe.model.dtype == "bfloat16"
+        with torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext():
+            logprobs = completion_logprobs(self.policy.model, batch, 1.0, self._recipe.train.logprob_chunk_tokens)
+        return -logprobs.sum()
 
 
-@dataclass(frozen=True)
-class Demonstration:
-    """A question in one view (`only` None: all sources), what to think of and what to answer."""
-
-    sample: Sample
-    source_names: tuple[str, ...]
-    only: str | None
-    view: View
-    thought: str
-    truth: Truth
-
-
-def sft(config: SftConfig, report: Callable[[str], None]) -> Path:
-    """Write a tiny policy, train it, and return its folder; progress lines go to `report`."""
-    torch.set_num_threads(config.threads)
-    torch.use_deterministic_algorithms(True)
-    model = write_tiny(config.out, config.seed)
-    processor = AutoProcessor.from_pretrained(config.out, local_files_only=True)
-    train(Policy(model, processor, layout_of(model, processor)), config, report)
-    save_policy(model, config.out)
-    return config.out
-
-
-def train(policy: Policy, config: SftConfig, report: Callable[[str], None]) -> None:
-    """Train a policy in place."""
-    optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
-    rng = np.random.default_rng(config.seed)
-    started = time.monotonic()
-    last_step = min(config.stop_after, config.steps)
-    for step in range(1, last_step + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _rate_factor(step, config.steps, config.warmup_steps)
-        losses = {name: _loss(policy, load_dataset(name), count, config, rng) for name, count in config.samples}
-        optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimizer.step()
-        if step % 25 == 0 or step == last_step:
-            values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            report(f"warm start: step {step} of {last_step}, loss {values}, {time.monotonic() - started:.0f} s")
-
-
-def _rate_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """Linear warm-up, then a cosine down to a twentieth."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1.0, step / warmup_steps) * (0.05 + 0.95 * cosine)
-
-
-def _loss(policy: Policy, dataset: Dataset, count: int, config: SftConfig, rng: np.random.Generator) -> Tensor:
-    """Mean cross-entropy of the tokens of `count` demonstrations."""
-    groups = [encode(demo, policy) for demo in demonstrate(dataset, count, config, rng)]
-    tokens = sum(len(group.completions[0]) for group in groups)
-    batches = make_microbatches(groups, policy.layout, tokens_per_microbatch=1 << 20)
-    total = sum(completion_logprobs(policy.model, batch, 1.0, chunk_tokens=4096).sum() for batch in batches)
-    return -torch.as_tensor(total) / tokens
-
-
-def demonstrate(dataset: Dataset, count: int, config: SftConfig, rng: np.random.Generator) -> list[Demonstration]:
-    """`count` demonstrations, single sources and pairs mixed as the configuration says."""
-    demos: list[Demonstration] = []
-    for _ in range(count):
-        if rng.random() < config.mono_share:
-            sample = dataset.warmup[int(rng.integers(len(dataset.warmup)))]
-            (name,) = sample.images
-            view = View.SINGLE if rng.random() < 0.5 else View.REPEAT
-            demos.append(Demonstration(sample, PAIR, name, view, name, sample.truth))
-        else:
-            sample = dataset.train[int(rng.integers(len(dataset.train)))]
-            right = not demos or rng.random() < config.right_share
-            truth = sample.truth if right else demos[int(rng.integers(len(demos)))].sample.truth
-            demos.append(Demonstration(sample, PAIR, None, View.SINGLE, str(rng.choice([*PAIR, "both"])), truth))
-    return demos
-
-
-def encode(demo: Demonstration, policy: Policy) -> EncodedGroup:
-    """A demonstration as a group of one completion, rendered as a replica renders a prompt."""
-    shown = images_shown(demo.source_names, only=demo.only, view=demo.view)
-    images = [open_image(demo.sample.images[name], what=demo.sample.prompt_id, max_pixels=MAX_IMAGE_PIXELS) for name in shown]
-    pixel_values, grid_thw = pixels(policy.processor, images)
-    messages = build_messages(demo.sample.question, demo.source_names, only=demo.only, view=demo.view)
-    text = policy.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    prompt_ids = policy.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    token_ids = expand_placeholders(prompt_ids, grid_thw, policy.layout)
-    answer = answer_text(demo.thought, demo.truth, frame=(int(grid_thw[0, 2]) * PATCH_PX, int(grid_thw[0, 1]) * PATCH_PX))
-    answer_ids = policy.processor.tokenizer(answer + EOS, add_special_tokens=False)["input_ids"]
-    return EncodedGroup(EncodedPrompt(demo.sample.prompt_id, token_ids, pixel_values, grid_thw), (tuple(answer_ids),))
-
-
-def answer_text(thought: str, truth: Truth, frame: tuple[int, int]) -> str:
-    """The completion to imitate; boxes in whole pixels of the resized image (width, height).
-
-    Example:
-        "<think>visible is clear</think><answer>7</answer>"
-    """
-    answer = _fenced_boxes(truth, frame) if isinstance(truth, BoxesTruth) else truth.text
-    return f"<think>{thought} is clear</think><answer>{answer}</answer>"
-
-
-def _fenced_boxes(truth: BoxesTruth, frame: tuple[int, int]) -> str:
-    scale = (frame[0] / truth.width_px, frame[1] / truth.height_px) * 2
-    boxes = [[round(value * factor) for value, factor in zip(box, scale, strict=True)] for box in truth.boxes]
-    return f"```json\n{json.dumps([{'bbox_2d': box} for box in boxes])}\n```"
-
-
-def main() -> None:
-    """The command line; every option has SftConfig's default."""
-    parser = argparse.ArgumentParser(prog="mars_trainer.sft", description="Warm-start a tiny policy.")
-    parser.add_argument("--out", type=Path, required=True)
-    for name, kind in (("seed", int), ("steps", int), ("stop-after", int), ("threads", int)):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(SftConfig, name.replace("-", "_")))
-    sft(SftConfig(**vars(parser.parse_args())), report=_write_line)
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="mars_trainer.sft", description="Fine-tune a recipe's model on its training samples.")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="TOML recipe, e.g. recipes/digits.toml")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the model goes; a new folder")
+    parser.add_argument("--target", choices=["answer", "think"], help="what is imitated; default: the recipe's sft.target")
+    options = parser.parse_args()
+    try:
+        sft(load_recipe(options.recipe), options.out, _write_line, options.target)
+    except MarsError as error:
+        sys.stderr.write(f"mars: {error}\n")
+        return error.exit_code
+    return 0
 
 
 def _write_line(line: str) -> None:
@@ -185,4 +164,4 @@ def _write_line(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

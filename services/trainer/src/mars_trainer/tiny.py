@@ -1,7 +1,7 @@
 """A real Qwen2.5-VL small enough to learn on a laptop, with a tokenizer of its own.
 
 `write_tiny` lays down a whole model folder in Hugging Face format with random weights; the
-warm start (`mars_trainer.sft`) teaches it to answer. Every vision block attends fully, so
+warm start (`mars_trainer.warm_start`) teaches it to answer. Every vision block attends fully, so
 that window attention plays no part whatever the image size.
 """
 

@@ -42,6 +42,17 @@ class SampleKind(StrEnum):
     INFRARED_MISLED = "infrared-misled"
     """Infrared holds the answer, visible faintly shows another one."""
 
+    @property
+    def thought(self) -> str:
+        """A chain of thought that says where the answer is, in the tiny policy's own words."""
+        holders = {SampleKind.ONLY_VISIBLE: "visible", SampleKind.VISIBLE_MISLED: "visible", SampleKind.BOTH: "both"}
+        return clear(holders.get(self, "infrared"))
+
+
+def clear(source: str) -> str:
+    """A chain of thought that names a source, or "both"; e.g. "visible is clear"."""
+    return f"{source} is clear"
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -13,6 +13,7 @@ from pydantic import AliasChoices, BaseModel, Field
 from mars_shared.errors import InputError
 from mars_trainer.datasets.marks import check_marks, count_marks, without_marks
 from mars_trainer.datasets.records import Record, Row, name_images, shaped
+from mars_trainer.datasets.thoughts import split_thought
 
 
 class _Turn(BaseModel):
@@ -41,6 +42,7 @@ def conversation_record(row: Row, names: Sequence[str] | None) -> Record:
         )
     check_marks(count_marks(asked.value), len(paths), f"{row.where}: conversations.0.value")
     question, answer = without_marks(asked.value), answered.value.strip()
+    thought, answer = split_thought(answer, f"{row.where}: conversations.1.value")
     for field, text in (("conversations.0.value", question), ("conversations.1.value", answer)):
         if not text:
             raise InputError(f"{row.where}: {field}: no text")
@@ -50,4 +52,5 @@ def conversation_record(row: Row, names: Sequence[str] | None) -> Record:
         question=question,
         images=name_images(paths, names, row.where),
         answer=answer,
+        thought=thought,
     )

@@ -24,6 +24,7 @@ from mars_trainer.datasets.base import (
     Sample,
     SampleKind,
     Split,
+    clear,
     encode_png,
     generator,
     stable_fraction,
@@ -100,13 +101,14 @@ class DigitsDataset:
             "visible": self._good(shown, rng) if kind in _VISIBLE_HOLDS else self._poor(poor, rng),
             "infrared": self._good(shown, rng) if kind in _INFRARED_HOLDS else self._poor(poor, rng),
         }
-        return self._sample(split, index, shown, looks, {"kind": kind.value}, rng)
+        return self._sample(split, index, shown, looks, kind.thought, {"kind": kind.value}, rng)
 
     def _single(self, index: int) -> Sample:
         rng = generator(self.name, self._seed, Split.WARMUP, index)
         shown, _ = self._two_digits(Split.WARMUP, rng)
         look = self._look(shown, contrast=rng.uniform(0.35, 1.0), noise=float(rng.choice([0.12, 0.3])))
-        return self._sample(Split.WARMUP, index, shown, {str(rng.choice(PAIR)): look}, {}, rng)
+        name = str(rng.choice(PAIR))
+        return self._sample(Split.WARMUP, index, shown, {name: look}, clear(name), {}, rng)
 
     def _sample(
         self,
@@ -114,6 +116,7 @@ class DigitsDataset:
         index: int,
         shown: int,
         looks: dict[str, Appearance],
+        thought: str,
         meta: dict[str, Any],
         rng: np.random.Generator,
     ) -> Sample:
@@ -122,6 +125,7 @@ class DigitsDataset:
             question=QUESTION,
             images={name: encode_png(self._render(look, name == "infrared", rng)) for name, look in looks.items()},
             truth=TextTruth(text=str(self._labels[shown])),
+            thought=thought,
             meta=meta | {"sources": {name: asdict(look) for name, look in looks.items()}},
         )
 

@@ -4,6 +4,7 @@
      "sources": [{"name": "visible", "image": "7-visible.png"}, {"name": "infrared", "image": "7-infrared.png"}]}
 
 `answer` is a text, or boxes [[x1, y1, x2, y2], ...] in pixels of the first image. A source may state the `blake3` of its bytes.
+`think`, which may be absent, is a chain of thought that leads to the answer.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class _Line(BaseModel):
     id: str = Field(min_length=1)
     question: str = Field(min_length=1)
     answer: Answer
+    think: str | None = Field(default=None, pattern=r"\S")
     sources: list[_Source] = Field(min_length=1, max_length=64)
 
 
@@ -58,6 +60,7 @@ def jsonl_record(row: Row, names: Sequence[str] | None) -> Record:
         question=found.question,
         images=tuple(NamedPath(source.name, Path(source.image), source.blake3) for source in found.sources),
         answer=found.answer,
+        thought=found.think,
     )
 
 
@@ -68,6 +71,6 @@ def jsonl_line(record: Record) -> str:
         {"name": image.name, "image": str(image.path)} | ({} if image.blake3 is None else {"blake3": image.blake3})
         for image in record.images
     ]
-    return json.dumps(
-        {"id": record.record_id, "question": record.question, "answer": answer, "sources": sources}, ensure_ascii=False
-    )
+    think = {} if record.thought is None else {"think": record.thought}
+    line = {"id": record.record_id, "question": record.question, "answer": answer} | think | {"sources": sources}
+    return json.dumps(line, ensure_ascii=False)

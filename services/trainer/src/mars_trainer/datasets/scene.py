@@ -21,6 +21,7 @@ from mars_trainer.datasets.base import (
     Sample,
     SampleKind,
     Split,
+    clear,
     encode_png,
     generator,
     stable_fraction,
@@ -98,14 +99,15 @@ class SceneDataset:
             SampleKind.INFRARED_MISLED: (misled, good[1]),
         }[kind]
         looks = {"visible": visible, "infrared": infrared}
-        return self._sample(split, index, place, persons, looks, {"kind": kind.value, "scene_seed": scene}, rng)
+        return self._sample(split, index, place, persons, looks, kind.thought, {"kind": kind.value, "scene_seed": scene}, rng)
 
     def _single(self, index: int) -> Sample:
         scene = self.scene_seed(Split.WARMUP, index)
         rng = generator(self.name, self._seed, scene)
         place, persons = draw_place(SIDE_PX, rng), self._persons(rng)
         look = Look(persons, float(rng.uniform(0.35, 1.0)), float(rng.choice([0.05, 0.15])))
-        return self._sample(Split.WARMUP, index, place, persons, {str(rng.choice(PAIR)): look}, {"scene_seed": scene}, rng)
+        name = str(rng.choice(PAIR))
+        return self._sample(Split.WARMUP, index, place, persons, {name: look}, clear(name), {"scene_seed": scene}, rng)
 
     def _persons(self, rng: np.random.Generator) -> list[Person]:
         count = int(rng.choice(list(PERSON_COUNT_SHARES), p=list(PERSON_COUNT_SHARES.values())))
@@ -118,6 +120,7 @@ class SceneDataset:
         place: Place,
         persons: list[Person],
         looks: dict[str, Look],
+        thought: str,
         meta: dict[str, Any],
         rng: np.random.Generator,
     ) -> Sample:
@@ -126,6 +129,7 @@ class SceneDataset:
             question=QUESTION,
             images={name: _render(name, place, look, rng) for name, look in looks.items()},
             truth=BoxesTruth(boxes=tuple(person.box for person in persons), width_px=SIDE_PX, height_px=SIDE_PX),
+            thought=thought,
             meta=meta | {"sources": {name: _describe(look) for name, look in looks.items()}},
         )
 

@@ -1,8 +1,9 @@
-"""Tables with TRL's columns: prompt, images (or image), answer; id and sources if there are any.
+"""Tables with TRL's columns: prompt, images (or image), answer; id, sources and think if there are any.
 
 prompt: a text, or a conversation [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]}].
 images: a list of {"bytes", "path"} (the feature Image of the library datasets) or of paths; image: a single one.
-answer: a text, boxes [[x1, y1, x2, y2], ...] in pixels of the first image, or such boxes as JSON text.
+answer: a text, boxes [[x1, y1, x2, y2], ...] in pixels of the first image, or such boxes as JSON text;
+or <think>CHAIN</think><answer>ANSWER</answer>. think: a chain of thought that leads to the answer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mars_trainer.datasets.answers import read_answer
 from mars_trainer.datasets.questions import Message, question_of
 from mars_trainer.datasets.records import Record, Row, shaped
 from mars_trainer.datasets.tables import row_images, table_rows
+from mars_trainer.datasets.thoughts import split_thought
 
 NEEDED = ("prompt", "answer")
 
@@ -28,6 +30,7 @@ class _Columns(BaseModel):
     prompt: str | list[Message]
     answer: Any
     sources: list[SourceName] | None = None
+    think: str | None = None
 
 
 def trl_rows(path: Path, split: str | None) -> Iterator[Row]:
@@ -50,10 +53,12 @@ def trl_record(row: Row, names: Sequence[str] | None) -> Record:
     images = row_images(row, found.sources or names)
     if found.sources is not None and len(found.sources) != len(images):
         raise InputError(f"{row.where}: sources: {len(found.sources)} names for {len(images)} images; expected one each")
+    thought, answer = split_thought(found.answer, f"{row.where}: answer", found.think)
     return Record(
         where=row.where,
         record_id=str(row.number if found.id is None else found.id),
         question=question_of(found.prompt, len(images), row.where),
         images=images,
-        answer=read_answer(found.answer, f"{row.where}: answer"),
+        answer=read_answer(answer, f"{row.where}: answer"),
+        thought=thought,
     )

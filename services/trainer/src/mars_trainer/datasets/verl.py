@@ -1,7 +1,8 @@
 """Tables with verl's columns, usually in Parquet: data_source, prompt, images, reward_model, extra_info.
 
 prompt: [{"role": "user", "content": "<image><image>Which?"}]. images: a list of {"bytes", "path"}, of {"image": path} or of
-paths. reward_model: {"style": ..., "ground_truth": G} with G a text, boxes [[x1, y1, x2, y2], ...] or boxes as JSON text.
+paths. reward_model: {"style": ..., "ground_truth": G} with G a text, boxes [[x1, y1, x2, y2], ...], boxes as JSON text, or
+<think>CHAIN</think><answer>ANSWER</answer> around one of them.
 extra_info: anything; "split" and "index" (or "sample_id") of it go into the id.
 """
 
@@ -17,6 +18,7 @@ from mars_trainer.datasets.answers import read_answer
 from mars_trainer.datasets.questions import Message, question_of
 from mars_trainer.datasets.records import Record, Row, shaped
 from mars_trainer.datasets.tables import row_images, table_rows
+from mars_trainer.datasets.thoughts import split_thought
 
 NEEDED = ("prompt", "reward_model")
 
@@ -45,12 +47,15 @@ def verl_record(row: Row, names: Sequence[str] | None) -> Record:
     """
     found = shaped(_Columns, row)
     images = row_images(row, names)
+    field = f"{row.where}: reward_model.ground_truth"
+    thought, answer = split_thought(found.reward_model.ground_truth, field)
     return Record(
         where=row.where,
         record_id=_record_id(found, row.number),
         question=question_of(found.prompt, len(images), row.where),
         images=images,
-        answer=read_answer(found.reward_model.ground_truth, f"{row.where}: reward_model.ground_truth"),
+        answer=read_answer(answer, field),
+        thought=thought,
     )
 
 
