@@ -90,4 +90,4 @@ class PromptMaker:
 
 
 def _media_type(sample: Sample, name: str, data: bytes) -> str:
-    return media_type_of(data, what=f"sample {sample.prompt_id}, source {name!r}")
+    return media_type_of(data, what=f"{sample.label}, source {name!r}")

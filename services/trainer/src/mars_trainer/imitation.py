@@ -32,8 +32,7 @@ def encode_prompt(
         InputError: an image cannot be used (ImageError, MediaTypeError, TooLargeError).
     """
     images = [
-        open_image(sample.images[name], what=f"sample {sample.prompt_id}, source {name!r}", max_pixels=max_image_pixels)
-        for name in shown
+        open_image(sample.images[name], what=f"{sample.label}, source {name!r}", max_pixels=max_image_pixels) for name in shown
     ]
     pixel_values, grid_thw = pixels(policy.processor, images)
     text = policy.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -105,7 +104,7 @@ def refuse_markup(sample: Sample, policy: Policy) -> None:
         ("answer", answer, [*special, *TAGS]),
     ):
         if found := [token for token in refused if token in text]:
-            raise InputError(f"sample {sample.prompt_id}: {field}: contains {found[0]!r}, which marks structure; remove it")
+            raise InputError(f"{sample.label}: {field}: contains {found[0]!r}, which marks structure; remove it")
 
 
 def _fenced_boxes(truth: BoxesTruth, frame: tuple[int, int]) -> str:

@@ -128,7 +128,8 @@ def show(rows: Sequence[ResultRow], title: str, console: Console) -> None:
     """The rows in the terminal."""
     table = Table(title=title)
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("dataset", "view", "metric") else "right")
+        left = column in ("dataset", "view", "metric")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "dataset")
     before = None
     for row in rows:
         if before is not None and row.dataset != before:

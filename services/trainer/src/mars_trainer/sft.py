@@ -26,7 +26,7 @@ from mars_shared.frames import resolved_box_frame
 from mars_shared.messages import build_messages
 from mars_shared.settings import Recipe, load_recipe
 from mars_trainer.batching import EncodedGroup, Microbatch, make_microbatches
-from mars_trainer.datasets import Sample, load_dataset
+from mars_trainer.datasets import Sample, open_data
 from mars_trainer.dispatch import place_of
 from mars_trainer.imitation import completion_ids, completion_text, encode_prompt, frame_size, refuse_markup
 from mars_trainer.model import Policy, completion_logprobs, load_policy
@@ -52,7 +52,7 @@ def sft(recipe: Recipe, out: Path, report: Callable[[str], None], target: Target
     refuse_to_overwrite(out, recipe.model.path)
     chosen: Target = target or recipe.sft.target
     tuning = FineTuning(recipe, chosen)
-    loss = tuning.run(load_dataset(recipe.data.dataset).train, report)
+    loss = tuning.run(open_data(recipe.data).train, report)
     facts = {"recipe": recipe.run.name, "target": chosen, "steps": recipe.sft.steps, "loss": loss}
     write_model(tuning.policy.model, recipe.model.path, out, getattr(torch, recipe.model.dtype), {"sft.json": json.dumps(facts)})
     return out
@@ -120,7 +120,7 @@ class FineTuning:
         thought = None
         if self._target == "think":
             if sample.thought is None or not sample.thought.strip():
-                raise InputError(f"sample {sample.prompt_id}: no chain of thought; give its row one, or train with target answer")
+                raise InputError(f"{sample.label}: no chain of thought; give its row one, or train with target answer")
             thought = sample.thought.strip()
         refuse_markup(sample, self.policy)
         names = tuple(sample.images)
@@ -131,7 +131,7 @@ class FineTuning:
         length, most = len(prompt.token_ids) + len(ids), self._recipe.model.max_model_len
         if length > most:
             raise TooLongError(
-                f"sample {sample.prompt_id}: {length} tokens of prompt and completion; expected at most {most} (model.max_model_len)"
+                f"{sample.label}: {length} tokens of prompt and completion; expected at most {most} (model.max_model_len)"
             )
         return EncodedGroup(prompt, (ids,))
 

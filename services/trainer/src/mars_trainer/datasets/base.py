@@ -62,6 +62,7 @@ class Sample:
         prompt_id: the sample's name, e.g. "digits/test/17".
         images: encoded bytes (PNG, JPEG or WebP) by source name, in source order.
         thought: a chain of thought that leads to the answer, if the dataset has one; for a warm start.
+        where: file and row of a sample that stands in a file.
         meta: the degradations that were applied, as plain JSON values.
     """
 
@@ -70,7 +71,13 @@ class Sample:
     images: Mapping[str, bytes]
     truth: Truth
     thought: str | None = None
+    where: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """How errors name the sample."""
+        return f"sample {self.prompt_id}" + (f" ({self.where})" if self.where else "")
 
 
 class LazySplit(Sequence[Sample]):

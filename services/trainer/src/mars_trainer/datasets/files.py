@@ -95,5 +95,5 @@ def _open(record: Record, dataset: str, folder: Path, max_image_pixels: int) -> 
         images=images,
         truth=record.truth(size_px),
         thought=record.thought,
-        meta={"where": record.where},
+        where=record.where,
     )
