@@ -23,6 +23,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from mars_shared.contracts import Decoding, FrameKind, SamplingSpec, View
 from mars_shared.errors import ConfigError
 
+PROBE_TOKENS = 32
+"""Longest completion of the self-test's group."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -94,6 +96,18 @@ class RolloutSection(Section):
             top_p=self.top_p,
             max_completion_length=self.max_completion_length,
             seed=seed,
+        )
+
+    def probe_spec(self, seed: int, *, sources: int) -> SamplingSpec:
+        """How the self-test's group is sampled: few, short, from the whole vocabulary, so that both sides compute the same."""
+        return self.spec(seed).model_copy(
+            update={
+                "num_generations": 2,
+                "num_mono": int(sources > 1),
+                "mono_decoding": Decoding.SAMPLE,
+                "top_p": 1.0,
+                "max_completion_length": min(PROBE_TOKENS, self.max_completion_length),
+            }
         )
 
     def greedy_spec(self, seed: int) -> SamplingSpec:
@@ -181,6 +195,23 @@ class EvalSection(Section):
     every: int = Field(default=0, ge=0, description="steps between evaluations during training; 0: only start and end")
 
 
+class SelfTestSection(Section):
+    enabled: bool = Field(
+        default=True, description="before the first step, check on one group that sampler and trainer agree, or refuse to start"
+    )
+    max_logprob_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest difference of a token's log-probability, nats; unset: 0.001 in float32 (0.05 with a trainer on a "
+        "GPU), 1.0 in bfloat16",
+    )
+    mean_logprob_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="mean of these differences, nats; unset: 0.0001 in float32 (0.01 with a trainer on a GPU), 0.05 in bfloat16",
+    )
+
+
 class Recipe(BaseSettings):
     """Everything that defines a run."""
 
@@ -195,6 +226,7 @@ class Recipe(BaseSettings):
     reward: RewardSection = RewardSection()
     train: TrainSection
     eval: EvalSection = EvalSection()
+    self_test: SelfTestSection = SelfTestSection()
 
     @model_validator(mode="after")
     def _completions_fit(self) -> Self:
@@ -319,6 +351,7 @@ class _StrictRecipe(BaseModel):
     reward: RewardSection = RewardSection()
     train: TrainSection
     eval: EvalSection = EvalSection()
+    self_test: SelfTestSection = SelfTestSection()
 
 
 def load_deployment() -> Deployment:
