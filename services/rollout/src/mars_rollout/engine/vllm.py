@@ -64,6 +64,7 @@ def engine_args(recipe: Recipe) -> AsyncEngineArgs:
         scheduling_policy="priority",
         logprobs_mode="processed_logprobs",
         limit_mm_per_prompt={"image": 64, "video": 0},
+        mm_device_do_normalize=False,  # the vision tower gets the very pixels that the self-test hashes
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         enable_log_requests=False,
         trust_remote_code=False,
