@@ -62,4 +62,5 @@ class ScriptedEngine:
         completions = tuple(
             EngineCompletion((first + i,), (-0.5,), f"text {first + i}", FinishReason.STOP, span) for i in range(request.n)
         )
-        return EngineAnswer(tuple(expanded), completions)
+        pixels = tuple(f"pixels of image {index}" for index in range(len(request.images))) if request.hash_pixels else None
+        return EngineAnswer(tuple(expanded), completions, pixels)

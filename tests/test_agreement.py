@@ -10,9 +10,12 @@ from PIL import Image
 
 from mars_rollout.engine.base import Engine
 from mars_rollout.group import GroupMaker
-from mars_shared.contracts import RolloutGroup, View
+from mars_shared.contracts import Purpose, RolloutGroup, View
+from mars_trainer.agreement import bounds_of, differences, logprob_differences
 from mars_trainer.batching import EncodedGroup, EncodedPrompt, make_microbatches, pixels
+from mars_trainer.learner import Learner
 from mars_trainer.model import Policy, completion_logprobs
+from mars_trainer.selftest import sampler_facts, trainer_facts
 from rollout_fixtures import History, RunFolder, adhoc, make_prompt, png
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
@@ -95,3 +98,29 @@ async def test_a_wrong_weight_is_noticed(
     await engine.update(history.manifests[1], history.folder(1))
     load(trainer_policy, history.tensors[2])
     assert largest_difference(trainer_policy, await maker.make(adhoc(make_prompt(run_folder.blobs)))) > BOUND
+
+
+async def test_a_probe_passes_the_self_test_and_another_processor_fails_it(
+    engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History
+) -> None:
+    """The engine has seen the images before: what it hashes for a probe is preprocessed anew, and the trainer's to the bit."""
+    await engine.update(history.manifests[3], history.folder(3))
+    prompt = make_prompt(run_folder.blobs, policy_version=history.manifests[3].version)
+    await maker.make(prompt)
+    group = await maker.make(prompt.model_copy(update={"purpose": Purpose.PROBE}))
+    recipe, learner = run_folder.recipe, Learner(run_folder.recipe, run_folder.blobs)
+    load(learner.policy, history.tensors[3])
+    bounds, sampler = bounds_of(recipe, "cpu"), sampler_facts(group, learner.policy.layout.image_token_id)
+    trainer = trainer_facts(group, learner, recipe)
+    assert differences(sampler, trainer, bounds) == []
+    assert logprob_differences(sampler, trainer).maximum < BOUND
+    assert [len(facts.pixels) for facts in sampler.values()] == [2, 1, 1]
+
+    learner.policy.processor.image_processor.image_mean = [0.4, 0.4, 0.4]
+    lines = differences(sampler, trainer_facts(group, learner, recipe), bounds)
+    assert sum("pixels of image" in line for line in lines) == 4 and any("log-probabilities" in line for line in lines), lines
+
+    learner.policy.processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28}
+    lines = differences(sampler, trainer_facts(group, learner, recipe), bounds)
+    assert any("tokens of images visible, infrared: sampler (4, 4), trainer (1, 1)" in line for line in lines), lines
+    assert any("box frame: sampler resized 56 x 56, trainer resized 28 x 28" in line for line in lines), lines

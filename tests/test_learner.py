@@ -82,7 +82,7 @@ def make_scored(
     sample = load_dataset("digits").test[index]
     if views is not None:
         sample = replace(sample, images={f"view-{number}": sample.images["visible"] for number in range(views)})
-    blobs, policy = learner._blobs, learner._policy
+    blobs, policy = learner._blobs, learner.policy
     sources = tuple(Source(name=name, blob=blobs.put(data), media_type="image/png") for name, data in sample.images.items())
     prompt = Prompt(
         task_id=f"train-{index}",

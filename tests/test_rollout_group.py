@@ -6,9 +6,10 @@ import asyncio
 
 import pytest
 
+from mars_rollout.engine.base import BASE_VERSION
 from mars_rollout.group import GroupMaker
 from mars_rollout.render import PromptRenderer
-from mars_shared.contracts import Decoding, Kind, Prompt, Source, expected_members, sampling_seed
+from mars_shared.contracts import Decoding, Kind, Prompt, Purpose, Source, expected_members, sampling_seed
 from mars_shared.errors import BlobMissingError, ImageError, MediaTypeError, NotReadyError, TooLargeError
 from rollout_doubles import ScriptedEngine
 from rollout_fixtures import DATA, RunFolder, adhoc, make_prompt, png
@@ -65,6 +66,13 @@ async def test_training_goes_before_adhoc(making: GroupMaker, scripted: Scripted
     await making.make(make_prompt(run_folder.blobs))
     await making.make(adhoc(make_prompt(run_folder.blobs)))
     assert [request.urgent for request in scripted.requests] == [True] * 3 + [False] * 3
+
+
+async def test_probes_alone_carry_hashes_of_their_pixels(making: GroupMaker, run_folder: RunFolder) -> None:
+    probe = await making.make(make_prompt(run_folder.blobs, purpose=Purpose.PROBE, policy_version=BASE_VERSION))
+    assert [view.pixels for view in probe.views] == [("pixels of image 0", "pixels of image 1"), *[("pixels of image 0",)] * 2]
+    training = await making.make(make_prompt(run_folder.blobs, policy_version=BASE_VERSION))
+    assert [view.pixels for view in training.views] == [None] * 3
 
 
 async def test_one_failing_view_cancels_the_others(making: GroupMaker, scripted: ScriptedEngine, run_folder: RunFolder) -> None:

@@ -176,6 +176,13 @@ def test_rewards_are_those_of_the_answers(stack: Stack) -> None:
             assert score.reward == pytest.approx(sum(score.parts.values()))
 
 
+def test_the_run_began_with_a_self_test(stack: Stack) -> None:
+    (event,) = stack.events("self_test")
+    assert event["logprob_difference_max"] < 1e-4  # type: ignore[operator]
+    assert event["tokens"] >= 4 and event["image_tokens"] > 0  # type: ignore[operator]
+    assert "self-test: sampler and trainer agree" in stack.output.read_text()
+
+
 def test_sampler_and_trainer_agree_on_every_step(stack: Stack) -> None:
     for event in stack.events("step"):
         assert event["metrics"]["sampler/logprob_difference_max"] < 1e-4  # type: ignore[index]

@@ -2,6 +2,7 @@
 
 MarsError
 ├── ConfigError          a recipe, an environment variable or a command line is wrong      exit 2
+│   └── SelfTestError    sampler and trainer disagree at the start of a run
 ├── InputError           an item (prompt, image, completion, row) is wrong                 HTTP 422
 │   ├── ImageError       an image cannot be used: unreadable, too large, too small
 │   ├── TooLongError     a prompt does not fit the model's context
@@ -33,6 +34,10 @@ class ConfigError(MarsError):
 
     http_status = 400
     exit_code = 2
+
+
+class SelfTestError(ConfigError):
+    """Sampler and trainer disagree, or the group that would show it cannot be made; starting again will not help."""
 
 
 class InputError(MarsError):

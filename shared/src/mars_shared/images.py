@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Sequence
 
+from blake3 import blake3
 from PIL import Image, ImageOps
 
 from mars_shared.errors import ImageError, MediaTypeError, TooLargeError
@@ -87,3 +89,17 @@ def _check_size(size: tuple[int, int], what: str, max_pixels: int) -> None:
         raise ImageError(f"{what}: {width} x {height} pixels; expected at least {MIN_SIDE_PX} on each side")
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise ImageError(f"{what}: {width} x {height} pixels; expected an aspect ratio of at most {MAX_ASPECT_RATIO}")
+
+
+def pixel_hash(values: bytes, grid_thw: Sequence[int]) -> str:
+    """Names what a vision tower gets of one image, equally in sampler and trainer.
+
+    Args:
+        values: float32, little-endian, [patches, patch size], rounded to the dtype in which the sampler works.
+        grid_thw: patches along time, height and width.
+
+    Returns:
+        hexadecimal blake3
+    """
+    time, height, width = grid_thw
+    return blake3(f"{time}x{height}x{width}:".encode() + values).hexdigest()

@@ -50,6 +50,8 @@ class RunDisplay:
         match event["event"]:
             case "step":
                 self._on_step(event)
+            case "self_test":
+                self.say(_self_test_line(event))
             case "evaluation":
                 self.say(_evaluation_line(event))
             case "dead":
@@ -95,6 +97,13 @@ def _step_text(metrics: dict[str, float]) -> str:
 
 def _lacking(event: dict[str, Any]) -> str:
     return f"{event['without_signal']} groups had no signal in {event['rounds']} round(s) of asking"
+
+
+def _self_test_line(event: dict[str, Any]) -> str:
+    return (
+        f"self-test: sampler and trainer agree on {event['image_tokens']} image tokens, pixels, box frames and {event['tokens']} "
+        f"log-probabilities (largest difference {event['logprob_difference_max']:.1e}; {event['seconds']:.1f} s)"
+    )
 
 
 def _evaluation_line(event: dict[str, Any]) -> str:

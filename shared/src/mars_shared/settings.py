@@ -23,6 +23,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from mars_shared.contracts import Decoding, FrameKind, SamplingSpec, View
 from mars_shared.errors import ConfigError
 
+PROBE_TOKENS = 32
+"""Longest completion of the self-test's group."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -125,6 +127,18 @@ class RolloutSection(Section):
             seed=seed,
         )
 
+    def probe_spec(self, seed: int, *, sources: int) -> SamplingSpec:
+        """How the self-test's group is sampled: few, short, from the whole vocabulary, so that both sides compute the same."""
+        return self.spec(seed).model_copy(
+            update={
+                "num_generations": 2,
+                "num_mono": int(sources > 1),
+                "mono_decoding": Decoding.SAMPLE,
+                "top_p": 1.0,
+                "max_completion_length": min(PROBE_TOKENS, self.max_completion_length),
+            }
+        )
+
     def greedy_spec(self, seed: int) -> SamplingSpec:
         """How evaluation groups are sampled: one greedy completion of each kind and source."""
         return self.spec(seed).model_copy(
@@ -221,6 +235,23 @@ class SftSection(Section):
     warmup_steps: int = Field(default=10, ge=0, description="steps over which its learning rate rises from 0")
 
 
+class SelfTestSection(Section):
+    enabled: bool = Field(
+        default=True, description="before the first step, check on one group that sampler and trainer agree, or refuse to start"
+    )
+    max_logprob_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest difference of a token's log-probability, nats; unset: 0.001 in float32 (0.05 with a trainer on a "
+        "GPU), 1.0 in bfloat16",
+    )
+    mean_logprob_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="mean of these differences, nats; unset: 0.0001 in float32 (0.01 with a trainer on a GPU), 0.05 in bfloat16",
+    )
+
+
 class Recipe(BaseSettings):
     """Everything that defines a run."""
 
@@ -236,6 +267,7 @@ class Recipe(BaseSettings):
     train: TrainSection
     eval: EvalSection = EvalSection()
     sft: SftSection = SftSection()
+    self_test: SelfTestSection = SelfTestSection()
 
     @model_validator(mode="after")
     def _completions_fit(self) -> Self:
@@ -361,6 +393,7 @@ class _StrictRecipe(BaseModel):
     train: TrainSection
     eval: EvalSection = EvalSection()
     sft: SftSection = SftSection()
+    self_test: SelfTestSection = SelfTestSection()
 
 
 def load_deployment() -> Deployment:

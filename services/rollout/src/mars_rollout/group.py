@@ -132,6 +132,7 @@ def _request(prompt: Prompt, draft: ViewDraft, images: Mapping[str, Image.Image]
         max_tokens=spec.max_completion_length,
         greedy=_is_greedy(prompt, kind),
         urgent=prompt.purpose is not Purpose.ADHOC,
+        hash_pixels=prompt.purpose is Purpose.PROBE,
     )
 
 
@@ -160,4 +161,10 @@ def _view(draft: ViewDraft, answer: EngineAnswer) -> RenderedView:
             f"the engine expanded a prompt to {len(answer.prompt_token_ids)} tokens; expected {draft.expanded_length} "
             "by the model's image processor"
         )
-    return RenderedView(source=draft.source, token_ids=answer.prompt_token_ids, images=draft.images, frame=draft.frame)
+    return RenderedView(
+        source=draft.source,
+        token_ids=answer.prompt_token_ids,
+        images=draft.images,
+        frame=draft.frame,
+        pixels=answer.pixels,
+    )

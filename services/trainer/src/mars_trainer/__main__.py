@@ -30,6 +30,7 @@ from mars_trainer.learner import Learner
 from mars_trainer.loop import Progress, TrainingRun
 from mars_trainer.publish import Publisher
 from mars_trainer.samples import SampleLog
+from mars_trainer.selftest import SelfTest
 
 logger = logging.getLogger("mars_trainer")
 
@@ -125,6 +126,8 @@ def build_run(recipe: Recipe, queue: Queue, data: RunData) -> TrainingRun:
         ledger = newest.ledger.model_copy(update={"version": version})
         learner.restore(newest.model, newest.optimizer, version.step)
         logger.info("going on from step %d as incarnation %d", version.step, incarnation)
+    prompts = PromptMaker(recipe, blobs)
+    events = EventLog(recipe.run.dir / "events.jsonl")
     bound = 4 * recipe.train.prompts_per_step + 256
 
     def exchange(purpose: Purpose) -> Exchange:
@@ -134,12 +137,12 @@ def build_run(recipe: Recipe, queue: Queue, data: RunData) -> TrainingRun:
         recipe=recipe,
         data=data,
         learner=learner,
-        prompts=PromptMaker(recipe, blobs),
+        prompts=prompts,
         training=exchange(Purpose.TRAIN),
         evaluation=exchange(Purpose.EVAL),
         publisher=Publisher(recipe, weights),
         checkpoints=checkpoints,
-        events=EventLog(recipe.run.dir / "events.jsonl"),
+        events=events,
         samples=SampleLog(recipe.run.dir / "groups.jsonl"),
         evaluations=recipe.run.dir / "evaluations",
         ledger=ledger,
@@ -150,6 +153,9 @@ def build_run(recipe: Recipe, queue: Queue, data: RunData) -> TrainingRun:
             next_dispatch_index=ledger.next_dispatch_index,
             dead=list(ledger.dead),
         ),
+        self_test=SelfTest(recipe, data.train, learner, prompts, exchange(Purpose.PROBE), events)
+        if recipe.self_test.enabled
+        else None,
     )
 
 

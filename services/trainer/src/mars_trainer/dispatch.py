@@ -58,6 +58,12 @@ class PromptMaker:
         spec = self._recipe.rollout.greedy_spec(self._recipe.run.seed)
         return self._prompt(sample, Purpose.EVAL, f"eval-{version}-{row:08d}", spec, 0, row, version)
 
+    def probe(self, sample: Sample, *, dispatch_index: int, version: PolicyVersion) -> Prompt:
+        """The prompt of the self-test's group."""
+        spec = self._recipe.rollout.probe_spec(self._recipe.run.seed, sources=len(sample.images))
+        task_id = f"probe-{version}-{dispatch_index:08d}"
+        return self._prompt(sample, Purpose.PROBE, task_id, spec, 0, dispatch_index, version)
+
     def _prompt(
         self,
         sample: Sample,

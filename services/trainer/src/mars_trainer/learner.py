@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from blake3 import blake3
+from PIL import Image
 from torch import Tensor
 
 from mars_shared.blobs import BlobStore
-from mars_shared.contracts import Completion, Kind, ScoredGroup
+from mars_shared.contracts import Completion, Prompt, RenderedView, RolloutGroup, ScoredGroup
 from mars_shared.errors import CheckpointError, DivergedError
 from mars_shared.images import open_image
 from mars_shared.settings import Recipe
@@ -50,13 +51,13 @@ class Learner:
         self._recipe = recipe
         self._train = recipe.train
         self._blobs = blobs
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self._device.type == "cpu":
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
             torch.set_num_threads(recipe.train.threads)
             torch.use_deterministic_algorithms(True)
-        self._policy = load_policy(recipe.model.path, torch.float32, self._device)
-        self._reference = load_policy(recipe.model.path, torch.float32, self._device).model if recipe.train.beta > 0 else None
-        self.model = self._policy.model
+        self.policy = load_policy(recipe.model.path, torch.float32, self.device)
+        self._reference = load_policy(recipe.model.path, torch.float32, self.device).model if recipe.train.beta > 0 else None
+        self.model = self.policy.model
         self.model.eval()  # no dropout: log-probabilities must be the sampler's
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -103,25 +104,28 @@ class Learner:
         ]
 
     def _parts(self, groups: Sequence[ScoredGroup], credits: Sequence[Credit]) -> Any:
-        completions = [[c for c in scored.group.completions if c.kind is Kind.MULTI] for scored in groups]
-        encoded = [self._encode(scored, members) for scored, members in zip(groups, completions, strict=True)]
-        for batch in make_microbatches(encoded, self._policy.layout, self._train.tokens_per_microbatch):
-            batch = batch.to(self._device)
+        completions = [members_of(scored.group, scored.group.view_of(None)) for scored in groups]
+        encoded = [self.encode(scored.group, scored.group.view_of(None)) for scored in groups]
+        for batch in make_microbatches(encoded, self.policy.layout, self._train.tokens_per_microbatch):
+            batch = batch.to(self.device)
             yield _Part(
                 batch=batch,
-                advantages_B=torch.tensor([credits[g].advantages.advantages_G[i] for g, i in batch.rows], device=self._device),
+                advantages_B=torch.tensor([credits[g].advantages.advantages_G[i] for g, i in batch.rows], device=self.device),
                 mask_BT=batch.completion_mask
-                * torch.tensor([[credits[g].trained_G[i]] for g, i in batch.rows], device=self._device),
+                * torch.tensor([[credits[g].trained_G[i]] for g, i in batch.rows], device=self.device),
                 sampler_logprobs_BT=_padded([completions[g][i].logprobs for g, i in batch.rows], batch.completion_mask),
                 old_logprobs_BT=None,
                 ref_logprobs_BT=self._frozen_logprobs(self._reference, batch) if self._reference else None,
             )
 
-    def _encode(self, scored: ScoredGroup, completions: Sequence[Completion]) -> EncodedGroup:
-        prompt = scored.group.prompt
-        view = scored.group.view_of(None)
+    def images(self, prompt: Prompt, view: RenderedView) -> list[Image.Image]:
+        """A view's images in placeholder order.
+
+        Raises:
+            BlobMissingError, ImageError: one is missing or cannot be read.
+        """
         blobs = {source.name: source.blob for source in prompt.sources}
-        images = [
+        return [
             open_image(
                 self._blobs.get(blobs[name]),
                 what=f"prompt {prompt.task_id}, source {name!r}",
@@ -129,9 +133,26 @@ class Learner:
             )
             for name in view.images
         ]
-        pixel_values, grid_thw = pixels(self._policy.processor, images)
-        encoded = EncodedPrompt(prompt.task_id, view.token_ids, pixel_values, grid_thw)
-        return EncodedGroup(encoded, tuple(completion.token_ids for completion in completions))
+
+    def encode(self, group: RolloutGroup, view: RenderedView) -> EncodedGroup:
+        """A view with its completions; raises as `images`."""
+        pixel_values, grid_thw = pixels(self.policy.processor, self.images(group.prompt, view))
+        encoded = EncodedPrompt(group.group_id, view.token_ids, pixel_values, grid_thw)
+        return EncodedGroup(encoded, tuple(completion.token_ids for completion in members_of(group, view)))
+
+    def logprobs(self, group: EncodedGroup) -> tuple[tuple[float, ...], ...]:
+        """Of every token of every completion, by the policy as it is.
+
+        Raises:
+            InputError: the prompt's placeholders don't match its images.
+        """
+        found: dict[int, tuple[float, ...]] = {}
+        for batch in make_microbatches([group], self.policy.layout, self._train.tokens_per_microbatch):
+            batch = batch.to(self.device)
+            logprobs_BT = self._frozen_logprobs(self.model, batch)
+            for (_, member), values, mask in zip(batch.rows, logprobs_BT, batch.completion_mask, strict=True):
+                found[member] = tuple(values[mask].tolist())
+        return tuple(values for _, values in sorted(found.items()))
 
     @torch.no_grad()
     def _frozen_logprobs(self, model: Any, batch: Microbatch) -> Tensor:
@@ -142,7 +163,7 @@ class Learner:
         return replace(part, old_logprobs_BT=old)
 
     def _statistics(self, model: Any, batch: Microbatch) -> TokenStatistics:
-        bf16 = self._device.type == "cuda" and self._recipe.model.dtype == "bfloat16"
+        bf16 = self.device.type == "cuda" and self._recipe.model.dtype == "bfloat16"
         with torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext():
             return completion_statistics(model, batch, self._recipe.rollout.temperature, self._train.logprob_chunk_tokens)
 
@@ -243,6 +264,11 @@ class Learner:
                 }
         torch.set_rng_state(optimizer[RNG])
         self._steps_done = steps_done
+
+
+def members_of(group: RolloutGroup, view: RenderedView) -> list[Completion]:
+    """The completions that saw a view."""
+    return [completion for completion in group.completions if completion.source == view.source]
 
 
 def _padded(rows: Sequence[Sequence[float]], mask_BT: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from mars_trainer.learner import Learner
 from mars_trainer.metrics import finite, rollout_metrics
 from mars_trainer.publish import Publisher
 from mars_trainer.samples import SampleLog
+from mars_trainer.selftest import SelfTest
 from mars_trainer.timeline import stage_seconds
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class TrainingRun:
     """Folder of the results of every sample, one file an evaluation."""
     ledger: Ledger
     progress: Progress
+    self_test: SelfTest | None = None
     _unacknowledged: list[Answer] = field(default_factory=list)
     _replaced: int = 0
 
@@ -80,6 +82,8 @@ class TrainingRun:
         await self.evaluation.start()
         await asyncio.to_thread(self._publish)
         self.progress.state = "published"
+        if self.self_test:
+            await self.self_test.run(self.version)
         if self.version.step == 0:
             await self._evaluate()
             await asyncio.to_thread(self._checkpoint)

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from mars_trainer.algorithm.bootstrap import Interval, mean_interval
 from mars_trainer.evaluate import CORRECT_IOU, Result, SampleResult, by_dataset, read_results, results_name
 
 COLUMNS = ("dataset", "view", "samples", "metric", "mean", "95 %", "correct", "parsed")
+SHOWN = ("samples", "mean", "95 %", "correct", "parsed")
 METRICS = {"accuracy": "accuracy", "iou": "mIoU"}
 MEAN_OF_DATASETS = "mean of datasets"
 
@@ -125,18 +127,17 @@ def markdown(rows: Sequence[ResultRow], title: str) -> str:
 
 
 def show(rows: Sequence[ResultRow], title: str, console: Console) -> None:
-    """The rows in the terminal."""
-    table = Table(title=title)
-    for column in COLUMNS:
-        left = column in ("dataset", "view", "metric")
-        table.add_column(column, justify="left" if left else "right", no_wrap=column != "dataset")
-    before = None
-    for row in rows:
-        if before is not None and row.dataset != before:
-            table.add_section()
-        table.add_row(*row.cells)
-        before = row.dataset
-    console.print(table)
+    """The rows in the terminal, a table for each dataset."""
+    console.print(title, highlight=False, soft_wrap=True)
+    for dataset, part in groupby(rows, key=lambda row: row.dataset):
+        found = list(part)
+        table = Table(title=" ".join(filter(None, (dataset, found[0].metric))))
+        for column in ("view", *SHOWN):
+            table.add_column(column, justify="left" if column == "view" else "right")
+        for row in found:
+            cells = dict(zip(COLUMNS, row.cells, strict=True))
+            table.add_row(row.view, *(cells[column] for column in SHOWN))
+        console.print(table)
 
 
 def newest_results(recipe: Recipe) -> tuple[int, Path]:

@@ -37,6 +37,8 @@ class Purpose(StrEnum):
     TRAIN = "train"
     EVAL = "eval"
     ADHOC = "adhoc"
+    PROBE = "probe"
+    """The self-test at a run's start: views carry hashes of their pixels."""
 
 
 class FrameKind(StrEnum):

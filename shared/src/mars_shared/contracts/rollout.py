@@ -49,6 +49,9 @@ class RenderedView(Contract):
     token_ids: tuple[int, ...] = Field(min_length=1)
     images: tuple[str, ...] = Field(description="source names in placeholder order")
     frame: BoxFrame
+    pixels: tuple[str, ...] | None = Field(
+        default=None, description="probes alone: `pixel_hash` of what the vision tower gets, image by image"
+    )
 
 
 class VersionSpan(Contract):

@@ -25,6 +25,7 @@ class EngineRequest:
         n: completions; sample i uses seed + i.
         seed: None exactly if `greedy`.
         urgent: training and evaluation groups go before ad-hoc requests.
+        hash_pixels: the answer shall have the `pixels` of its images.
     """
 
     token_ids: tuple[int, ...]
@@ -36,6 +37,7 @@ class EngineRequest:
     max_tokens: int
     greedy: bool = False
     urgent: bool = True
+    hash_pixels: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,14 @@ class EngineCompletion:
 
 @dataclass(frozen=True)
 class EngineAnswer:
-    """Completions in sample order, and the prompt as the model saw it (placeholders expanded)."""
+    """Completions in sample order, and the prompt as the model saw it (placeholders expanded).
+
+    `pixels`, where asked for: `pixel_hash` of every image as the engine's own preprocessing made it.
+    """
 
     prompt_token_ids: tuple[int, ...]
     completions: tuple[EngineCompletion, ...]
+    pixels: tuple[str, ...] | None = None
 
 
 class Engine(Protocol):

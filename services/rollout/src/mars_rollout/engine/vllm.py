@@ -25,6 +25,7 @@ from mars_rollout.engine.child import run_engine_core
 from mars_rollout.transfer import BACKEND
 from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
 from mars_shared.errors import InputError, IntegrityError, NotReadyError
+from mars_shared.images import pixel_hash
 from mars_shared.settings import Recipe
 
 SERVED_NAME = "policy"
@@ -63,6 +64,7 @@ def engine_args(recipe: Recipe) -> AsyncEngineArgs:
         scheduling_policy="priority",
         logprobs_mode="processed_logprobs",
         limit_mm_per_prompt={"image": 64, "video": 0},
+        mm_device_do_normalize=False,  # the vision tower gets the very pixels that the self-test hashes
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         enable_log_requests=False,
         trust_remote_code=False,
@@ -147,7 +149,11 @@ class VllmEngine:
         return self._whole and not self.llm.errored
 
     async def generate(self, request: EngineRequest) -> EngineAnswer:
+        request_id = f"{_OWN_PREFIX}{next(self._ids)}"
         prompt = TokensPrompt(prompt_token_ids=list(request.token_ids), multi_modal_data={"image": list(request.images)})
+        if request.hash_pixels:
+            # Under names of their own no cache knows the images, so that they are preprocessed here and now.
+            prompt["multi_modal_uuids"] = {"image": [f"{request_id}/{index}" for index in range(len(request.images))]}
         try:
             (engine_input,) = await self.llm.renderer.render_cmpl_async([parse_model_prompt(self.llm.model_config, prompt)])
         except ValueError as error:
@@ -155,7 +161,7 @@ class VllmEngine:
         outputs = self.llm.generate(
             engine_input,
             sampling_params(request),
-            f"{_OWN_PREFIX}{next(self._ids)}",
+            request_id,
             priority=_URGENT if request.urgent else _ADHOC,
         )
         final: RequestOutput | None = None
@@ -167,7 +173,11 @@ class VllmEngine:
         if final is None or not final.finished or final.prompt_token_ids is None:
             raise NotReadyError("the engine dropped a request before it was answered; ask again")
         samples = sorted(final.outputs, key=lambda sample: sample.index)
-        return EngineAnswer(tuple(final.prompt_token_ids), tuple(_completion(sample) for sample in samples))
+        return EngineAnswer(
+            tuple(final.prompt_token_ids),
+            tuple(_completion(sample) for sample in samples),
+            _pixel_hashes(engine_input) if request.hash_pixels else None,
+        )
 
     async def update(self, manifest: WeightManifest, folder: Path) -> None:
         files = [str(folder / file.name) for file in manifest.files if file.name.endswith(".safetensors")]
@@ -199,6 +209,14 @@ def sampling_params(request: EngineRequest) -> SamplingParams:
         max_tokens=request.max_tokens,
         logprobs=0,
         output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _pixel_hashes(engine_input: Any) -> tuple[str, ...]:
+    """Of each image as it is sent to the engine's core, where the vision tower takes it from."""
+    return tuple(
+        pixel_hash(item["pixel_values"].data.float().numpy().tobytes(), item["image_grid_thw"].data.flatten().tolist())
+        for item in engine_input["mm_kwargs"]["image"]
     )
 
 
