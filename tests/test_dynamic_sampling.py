@@ -15,13 +15,15 @@ import pytest
 from builders import make_group, make_score, make_scored
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import PolicyVersion, Prompt, ScoredGroup
+from mars_shared.errors import InputError
 from mars_shared.queue import Claim
 from mars_shared.settings import load_recipe
 from mars_shared.telemetry import EventLog, read_events
 from mars_trainer.checkpoint import Checkpoint, Ledger
 from mars_trainer.credit import Credit
-from mars_trainer.datasets import RunData, load_dataset
-from mars_trainer.dispatch import PromptMaker
+from mars_trainer.datasets import RunData, Sample, load_dataset
+from mars_trainer.dispatch import PromptMaker, place_of
+from mars_trainer.evaluate import read_results
 from mars_trainer.exchange import Answer
 from mars_trainer.loop import Progress, TrainingRun
 from mars_trainer.samples import SampleLog
@@ -65,8 +67,9 @@ class Replies:
         self.acknowledged += [answer.scored.group.prompt.dispatch_index for answer in answers]
 
     def _scored(self, prompt: Prompt) -> ScoredGroup:
-        rewards = (1.0, 0.0, 0.0, 0.0) if prompt.dispatch_index in self.telling else (1.0,) * 4
-        return make_scored(make_group(prompt), [make_score(reward) for reward in rewards])
+        group = make_group(prompt)
+        rest = 0.0 if prompt.dispatch_index in self.telling else 1.0
+        return make_scored(group, [make_score(1.0), *(make_score(rest) for _ in group.completions[1:])])
 
 
 class Pupil:
@@ -187,3 +190,50 @@ async def test_without_dynamic_sampling_every_group_is_trained_on(tmp_path: Path
     await run._step()
     assert replies.asked == [[0, 1, 2]] and pupil.steps == [[0, 1, 2]]
     assert run.ledger.consumed == ((0, 1, 2),) and run.ledger.filtered == ()
+
+
+class Damaged(Sequence[Sample]):
+    """Samples of which some cannot be opened."""
+
+    def __init__(self, samples: Sequence[Sample], damaged: Iterable[int]) -> None:
+        self.samples, self.damaged = samples, set(damaged)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: Any) -> Any:
+        if row in self.damaged:
+            raise InputError(f"questions.jsonl line {row + 1}: broken")
+        return self.samples[row]
+
+
+async def test_a_sample_that_cannot_be_opened_is_passed_over_and_said(tmp_path: Path) -> None:
+    replies = Replies(telling=range(99))
+    run = make_run(tmp_path, replies, Pupil(), Shelf())
+    second = place_of(1, rows=6, seed=run.recipe.run.seed).row
+    run.data = RunData(Damaged(run.data.train[:6], {second}), {})
+    await run._step()
+    assert replies.asked == [[0, 2, 3]] and run.ledger.dead == (1,)
+    assert [event["reason"] for event in read_events(tmp_path / "events.jsonl", "dead")] == [
+        f"questions.jsonl line {second + 1}: broken"
+    ]
+
+
+async def test_a_training_set_of_broken_samples_ends_the_run_and_says_why(tmp_path: Path) -> None:
+    run = make_run(tmp_path, Replies(telling=()), Pupil(), Shelf())
+    run.data = RunData(Damaged(run.data.train[:4], range(4)), {})
+    with pytest.raises(InputError, match="none of the 4 training samples can be opened"):
+        await run._step()
+
+
+async def test_an_evaluation_goes_on_without_a_sample_that_cannot_be_opened(tmp_path: Path) -> None:
+    replies = Replies(telling=())
+    run = make_run(tmp_path, replies, Pupil(), Shelf())
+    run.evaluation = cast(Any, replies)
+    samples = run.data.train[:3]
+    run.data = RunData(samples, {"a": Damaged(samples, {0}), "b": Damaged(samples[:1], ())})
+    await run._evaluate()
+    (event,) = read_events(tmp_path / "events.jsonl", "evaluation")
+    assert event["samples"] == 3 and {name: entry["samples"] for name, entry in event["datasets"].items()} == {"a": 2, "b": 1}
+    assert [event["reason"] for event in read_events(tmp_path / "events.jsonl", "dead")] == ["questions.jsonl line 1: broken"]
+    assert [result.dataset for result in read_results(tmp_path / "evaluations" / "step_0.jsonl")] == ["a", "a", "b"]
