@@ -144,13 +144,20 @@ def evaluate(
     files: Annotated[
         list[Path] | None, typer.Option("--data", help="a dataset to evaluate on, any number of times; default: the recipe's")
     ] = None,
+    sources: Annotated[
+        str | None, typer.Option(metavar="A,B", help="with --data: source names in image order, e.g. visible,infrared")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="with --data: the part to read, for formats that have splits")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="samples of each dataset; default: data.eval_samples")] = None,
     released: Annotated[bool, typer.Option("--released", help="numbers as the paper's released script computes them")] = False,
     port: BasePort = 8100,
 ) -> None:
     """Evaluate a run's newest policy (or its start, if it has none): Multi, Mono per source, Union, for each dataset."""
     if files:
-        os.environ["MARS_DATA__TEST"] = json.dumps([{"path": str(path)} for path in files])
+        common = {"sources": sources.split(",") if sources else None, "split": split}
+        os.environ["MARS_DATA__TEST"] = json.dumps([{"path": str(path), **common} for path in files])
+    elif sources or split:
+        raise ConfigError("--sources and --split were given without --data; name the files that they are about, or set data.test")
     if samples is not None:
         os.environ["MARS_DATA__EVAL_SAMPLES"] = str(samples)
     recipe = load_recipe(recipe_path)
