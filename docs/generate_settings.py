@@ -57,7 +57,7 @@ Read by tools alone:
 LAST = """\
 `mars up`, `mars train`, `mars eval` and `mars demo` set `MARS_REWARD_URL` for the replicas that they start and, where
 `MARS_REDIS_URL` is unset, start a Valkey of their own and set it. `mars demo` sets `MARS_RUN__SEED` and `MARS_RUN__DIR`;
-`mars eval` sets `MARS_DATA__TEST` for `--data` and `MARS_DATA__EVAL_SAMPLES` for `--samples`.
+`mars eval` sets `MARS_DATA__TEST` and `MARS_DATA__SOURCE_NAMES` for `--data` and `MARS_DATA__EVAL_SAMPLES` for `--samples`.
 Variables of the containers are listed in [docker.md](docker.md#variables).
 """
 

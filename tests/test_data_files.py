@@ -232,3 +232,24 @@ def test_a_file_that_cannot_be_read_is_one_error(
         (tmp_path / name).write_text(content)
     assert main(["check", str(tmp_path / name)]) == 3
     assert message in capsys.readouterr().err
+
+
+def test_check_finds_what_training_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(image_bytes((60, 40)))
+    good = {"id": "0", "question": "Which?\u2028Say.", "answer": "7", "sources": [{"name": "visible", "image": "a.png"}]}
+    faulty = [
+        good | {"id": "1", "question": " "},
+        good | {"id": "2", "question": "<image><image>Which?"},
+        good | {"id": "3", "answer": "[[1, 2, 3]]"},
+        good | {"id": "4", "sources": [{"name": "visible", "image": "a\u0000.png"}]},
+        good | {"id": "5", "answer": "[[30, 2, 20, 40]]"},
+    ]
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in (good, *faulty)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(["check", str(tmp_path)]) == 3
+    said = capsys.readouterr().out
+    for number, field in enumerate(
+        ("question", "question: 2 <image> marks", "answer: box 0", "source 'visible'", "answer: box 0"), 2
+    ):
+        assert f"questions.jsonl line {number}: {field}" in said
+    assert "6 rows of format jsonl, 1 without a fault" in said

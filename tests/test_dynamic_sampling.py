@@ -63,6 +63,9 @@ class Replies:
         self.asked.append([prompt.dispatch_index for prompt in prompts])
         return [Answer(Claim("s", str(prompt.dispatch_index), "c", 1, b""), self._scored(prompt)) for prompt in prompts]
 
+    async def start(self) -> None:
+        """Nothing is left from before."""
+
     async def acknowledge(self, answers: Iterable[Answer]) -> None:
         self.acknowledged += [answer.scored.group.prompt.dispatch_index for answer in answers]
 
@@ -236,4 +239,16 @@ async def test_an_evaluation_goes_on_without_a_sample_that_cannot_be_opened(tmp_
     (event,) = read_events(tmp_path / "events.jsonl", "evaluation")
     assert event["samples"] == 3 and {name: entry["samples"] for name, entry in event["datasets"].items()} == {"a": 2, "b": 1}
     assert [event["reason"] for event in read_events(tmp_path / "events.jsonl", "dead")] == ["questions.jsonl line 1: broken"]
+    assert event["asked"] == {"a": 3, "b": 1} and event["results"] == "step_0.jsonl"
     assert [result.dataset for result in read_results(tmp_path / "evaluations" / "step_0.jsonl")] == ["a", "a", "b"]
+
+
+async def test_evaluating_a_run_afterwards_changes_nothing_of_it(tmp_path: Path) -> None:
+    replies = Replies(telling=())
+    run = make_run(tmp_path, replies, Pupil(), Shelf())
+    run.evaluation, run.data = cast(Any, replies), RunData((), {"other": run.data.train[:2]})
+    await run.evaluate_newest()
+    assert not read_events(tmp_path / "events.jsonl", "evaluation")
+    (event,) = read_events(tmp_path / "events.jsonl", "evaluated")
+    assert (event["step"], event["samples"], event["results"]) == (0, 2, "eval_step_0.jsonl")
+    assert not (tmp_path / "groups.jsonl").read_text()

@@ -10,7 +10,7 @@ import pytest
 from mars_reward.rewards.released_eval import released_eval
 from mars_shared.contracts import BoxesTruth, ReleasedEval
 from mars_shared.telemetry import EventLog
-from mars_trainer.evaluate import Result, SampleResult, write_results
+from mars_trainer.evaluate import Result, SampleResult, read_results, write_results
 from mars_trainer.results import main, markdown, result_rows
 from reference_data import needs_reference_data, reference
 
@@ -88,16 +88,24 @@ def test_the_command_shows_the_newest_evaluation_and_writes_it_as_markdown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE.format(dir=tmp_path))
-    for step in (0, 2):
-        EventLog(tmp_path / "events.jsonl").write("evaluation", step=step)
-    write_results(tmp_path / "evaluations" / "step_2.jsonl", LLVIP)
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("evaluation", step=2, results="step_2.jsonl", asked={"llvip": 2})
+    log.write("evaluated", step=2, results="eval_step_2.jsonl", asked={"llvip": 3, "scene": 1})
+    write_results(tmp_path / "evaluations" / "eval_step_2.jsonl", LLVIP)
     assert main(["--recipe", str(tmp_path / "recipe.toml")]) == 0
     assert "Mono infrared" in capsys.readouterr().out
-    page = (tmp_path / "evaluations" / "step_2.md").read_text()
+    page = (tmp_path / "evaluations" / "eval_step_2.md").read_text()
     assert page.startswith("# test after step 2: held-out samples, greedy\n")
+    assert "llvip: 1 of 3 samples were not answered" in page and "scene: 1 of 1 samples were not answered" in page
     assert "| llvip | Multi | 2 | mIoU | 0.375 | 0.000 to 0.750 | 0.500 | 0.500 |" in page
     assert main(["--recipe", str(tmp_path / "recipe.toml"), "--released"]) == 0
-    assert "| llvip | Multi | 1 | mIoU | 0.750 |" in (tmp_path / "evaluations" / "step_2-released.md").read_text()
+    assert "| llvip | Multi | 1 | mIoU | 0.750 |" in (tmp_path / "evaluations" / "eval_step_2-released.md").read_text()
+
+
+def test_a_line_of_results_ends_at_its_line_feed_alone(tmp_path: Path) -> None:
+    result = sample(Result(value=1, parsed=True, completion="a\u2028b\u0085c\nd"), visible=answer(1))
+    write_results(tmp_path / "step_0.jsonl", [result])
+    assert read_results(tmp_path / "step_0.jsonl") == [result]
 
 
 def test_a_run_without_an_evaluation_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

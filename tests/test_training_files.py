@@ -88,6 +88,30 @@ def test_a_share_is_held_out_and_rows_about_the_same_images_stay_together(tmp_pa
     assert all(pair <= held_out or pair <= trained for pair in pairs)
 
 
+def test_of_a_few_rows_one_is_held_out(tmp_path: Path) -> None:
+    data = open_data(section(write(tmp_path, line(0, "visible"), line(1, "visible"))))
+    assert (len(data.train), len(data.held_out["questions"])) == (1, 1)
+    with pytest.raises(ConfigError, match="no row to train on, 1 held out"):
+        open_data(section(write(tmp_path / "one", line(0, "visible"))))
+
+
+def test_a_folder_with_one_data_file_stands_for_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "set", line(0, "visible"), line(1, "visible"))
+    data = open_data(section(path.parent, path.parent))
+    assert [sample.prompt_id for sample in data.train] == ["set/q0", "set/q1"] and list(data.held_out) == ["set"]
+    (path.parent / "more.json").write_text("[]")
+    with pytest.raises(ConfigError, match="found more.json, questions.jsonl; name the file to read"):
+        open_data(section(path.parent, path.parent))
+
+
+def test_a_selection_of_many_held_out_rows_is_spread_over_them_and_always_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path, *(line(n, "visible") for n in range(60)))
+    first, again = (open_held_out(section(path, path, eval_samples=20))["questions"] for _ in range(2))
+    rows = [int(sample.prompt_id.removeprefix("questions/q")) for sample in first]
+    assert rows == sorted(rows) == [int(sample.prompt_id.removeprefix("questions/q")) for sample in again]
+    assert len(set(rows)) == 20 and rows[0] < 20 and rows[-1] >= 40
+
+
 def test_an_evaluation_uses_so_many_samples_of_each_dataset(tmp_path: Path) -> None:
     files = [
         DataFiles(path=write(tmp_path / name, *(line(n, "visible") for n in range(5)), file=f"{name}.jsonl")) for name in "ab"

@@ -155,6 +155,7 @@ def evaluate(
     """Evaluate a run's newest policy (or its start, if it has none): Multi, Mono per source, Union, for each dataset."""
     if files:
         common = {"sources": sources.split(",") if sources else None, "split": split}
+        os.environ["MARS_DATA__SOURCE_NAMES"] = "null"  # other datasets have other sources
         os.environ["MARS_DATA__TEST"] = json.dumps([{"path": str(path), **common} for path in files])
     elif sources or split:
         raise ConfigError("--sources and --split were given without --data; name the files that they are about, or set data.test")

@@ -52,7 +52,7 @@ class RunDisplay:
                 self._on_step(event)
             case "self_test":
                 self.say(_self_test_line(event))
-            case "evaluation":
+            case "evaluation" | "evaluated":
                 self.say(_evaluation_line(event))
             case "dead":
                 self.say(f"dead letter: {event.get('prompt_id', '')} {event['reason']}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from mars_shared.errors import ConfigError, InputError, MarsError
 from mars_trainer.datasets.check import Findings, PromptLength, check
 from mars_trainer.datasets.convert import convert
-from mars_trainer.datasets.formats import FORMATS, format_of, read_records
+from mars_trainer.datasets.formats import FORMATS, data_path, format_of, read_records
 from mars_trainer.datasets.images import image_bytes
 
 SHOWN = 8
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     names = options.sources.split(",") if options.sources else None
     try:
+        options.path = data_path(options.path)
         format = options.format or format_of(options.path)
         images = options.images or (options.path if options.path.is_dir() else options.path.parent)
         if options.command == "convert":

@@ -24,6 +24,9 @@ from mars_trainer.datasets import HeldOut
 from mars_trainer.dispatch import PromptMaker
 from mars_trainer.exchange import Answer, Exchange
 
+EvaluationKind = Literal["evaluation", "evaluated"]
+"""Of a run on its way, or by `mars eval`, which changes nothing of the run: the event's name."""
+
 CORRECT_IOU = 0.5
 """A grounding sample is correct above this mIoU (strictly), as in the paper's evaluation."""
 
@@ -189,9 +192,9 @@ async def evaluate(
     return [result_of(answer.scored, dataset_of[answer.scored.group.group_id]) for answer in answers], answers
 
 
-def results_name(step: int) -> str:
+def results_name(kind: EvaluationKind, step: int) -> str:
     """File of an evaluation's results, in the run's evaluations folder."""
-    return f"step_{step}.jsonl"
+    return f"step_{step}.jsonl" if kind == "evaluation" else f"eval_step_{step}.jsonl"
 
 
 def write_results(path: Path, results: Iterable[SampleResult]) -> None:
@@ -202,7 +205,7 @@ def write_results(path: Path, results: Iterable[SampleResult]) -> None:
 
 def read_results(path: Path) -> list[SampleResult]:
     """The results that `write_results` wrote."""
-    return [SampleResult.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [SampleResult.model_validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -24,7 +24,7 @@ from mars_trainer.checkpoint import Checkpoint, CheckpointStore, Ledger
 from mars_trainer.credit import credit
 from mars_trainer.datasets import RunData
 from mars_trainer.dispatch import PromptMaker, place_of
-from mars_trainer.evaluate import evaluate, results_name, summarise_by_dataset, write_results
+from mars_trainer.evaluate import EvaluationKind, evaluate, results_name, summarise_by_dataset, write_results
 from mars_trainer.exchange import Answer, Exchange
 from mars_trainer.learner import Learner
 from mars_trainer.metrics import finite, rollout_metrics
@@ -94,11 +94,11 @@ class TrainingRun:
         self.events.write("finished", step=self.version.step, weights=self.learner.weights_hash())
 
     async def evaluate_newest(self) -> None:
-        """Evaluate the newest checkpoint's policy, or the base model where there is none."""
+        """Evaluate the newest checkpoint's policy, or the base model where there is none; the run itself stays as it was."""
         await self.evaluation.start()
         await asyncio.to_thread(self._publish)
         self.progress.state = "published"
-        await self._evaluate(again=True)
+        await self._ask_held_out("evaluated")
         self.progress.state = "finished"
 
     @property
@@ -229,10 +229,14 @@ class TrainingRun:
             "step", step=self.version.step, steps=self.recipe.train.steps, metrics=metrics, seconds=seconds, window=window
         )
 
-    async def _evaluate(self, *, again: bool = False) -> None:
-        """Evaluate this step's policy; unless `again`, only if the run's events don't have it."""
-        if not again and any(event["step"] == self.version.step for event in read_events(self.events.path, "evaluation")):
-            return
+    async def _evaluate(self) -> None:
+        """Evaluate this step's policy, if the run's events don't have that yet."""
+        if all(event["step"] != self.version.step for event in read_events(self.events.path, "evaluation")):
+            answers = await self._ask_held_out("evaluation")
+            self.samples.evaluation(self.version.step, [answer.scored for answer in answers])
+
+    async def _ask_held_out(self, kind: EvaluationKind) -> list[Answer]:
+        """Evaluate the policy; the event is of that kind, and the results of all samples are kept in a file of their own."""
         self.progress.state = "evaluating"
 
         def on_dead(reason: str) -> None:
@@ -240,11 +244,12 @@ class TrainingRun:
 
         began = time.time()
         results, answers = await evaluate(self.evaluation, self.prompts, self.data.held_out, self.version, on_dead)
-        entry = {"step": self.version.step, **summarise_by_dataset(results), "seconds": time.time() - began}
-        write_results(self.evaluations / results_name(self.version.step), results)
+        file, asked = results_name(kind, self.version.step), {name: len(samples) for name, samples in self.data.held_out.items()}
+        write_results(self.evaluations / file, results)
+        entry = {"step": self.version.step, **summarise_by_dataset(results), "asked": asked, "results": file}
+        self.events.write(kind, **entry, seconds=time.time() - began)
         self.progress.evaluations.append(entry)
-        self.events.write("evaluation", **entry)
-        self.samples.evaluation(self.version.step, [answer.scored for answer in answers])
+        return answers
 
 
 def _indices(answers: Iterable[Answer]) -> tuple[int, ...]:

@@ -140,7 +140,7 @@ def _caption(name: str, answers: Sequence[tuple[Completion, Score]]) -> str:
 
 def _truth(scored: ScoredGroup) -> str:
     truth = scored.group.prompt.truth
-    return f"truth: {truth.text}" if truth is not None and truth.kind == "text" else "truth: green boxes"
+    return f"truth: {truth.text}".replace("$", r"\$") if truth is not None and truth.kind == "text" else "truth: green boxes"
 
 
 def _draw_boxes(axis: Axes, scored: ScoredGroup, answers: Sequence[tuple[Completion, Score]]) -> None:

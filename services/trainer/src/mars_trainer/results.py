@@ -8,20 +8,23 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mars_shared.errors import ConfigError, MarsError
 from mars_shared.files import write_atomic
 from mars_shared.settings import Recipe, load_recipe
 from mars_shared.telemetry import read_events
 from mars_trainer.algorithm.bootstrap import Interval, mean_interval
-from mars_trainer.evaluate import CORRECT_IOU, Result, SampleResult, by_dataset, read_results, results_name
+from mars_trainer.evaluate import CORRECT_IOU, EvaluationKind, Result, SampleResult, by_dataset, read_results
 
 COLUMNS = ("dataset", "view", "samples", "metric", "mean", "95 %", "correct", "parsed")
 SHOWN = ("samples", "mean", "95 %", "correct", "parsed")
@@ -128,10 +131,10 @@ def markdown(rows: Sequence[ResultRow], title: str) -> str:
 
 def show(rows: Sequence[ResultRow], title: str, console: Console) -> None:
     """The rows in the terminal, a table for each dataset."""
-    console.print(title, highlight=False, soft_wrap=True)
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
     for dataset, part in groupby(rows, key=lambda row: row.dataset):
         found = list(part)
-        table = Table(title=" ".join(filter(None, (dataset, found[0].metric))))
+        table = Table(title=Text(" ".join(filter(None, (dataset, found[0].metric)))))
         for column in ("view", *SHOWN):
             table.add_column(column, justify="left" if column == "view" else "right")
         for row in found:
@@ -140,17 +143,28 @@ def show(rows: Sequence[ResultRow], title: str, console: Console) -> None:
         console.print(table)
 
 
-def newest_results(recipe: Recipe) -> tuple[int, Path]:
-    """Step and file of the run's newest evaluation.
+def newest_evaluation(recipe: Recipe) -> dict[str, Any]:
+    """The event of the newest evaluation, of the run itself or by `mars eval`.
 
     Raises:
         ConfigError: there is none.
     """
-    evaluations = read_events(recipe.run.dir / "events.jsonl", "evaluation")
+    events = read_events(recipe.run.dir / "events.jsonl")
+    evaluations = [event for event in events if event["event"] in get_args(EvaluationKind)]
     if not evaluations:
         raise ConfigError(f"{recipe.run.dir} has no evaluation; expected one that `mars eval` or a run made")
-    step = evaluations[-1]["step"]
-    return step, recipe.run.dir / "evaluations" / results_name(step)
+    return evaluations[-1]
+
+
+def unanswered(results: Sequence[SampleResult], asked: Mapping[str, int]) -> list[str]:
+    """One line for each dataset of which samples were asked and not answered: no number counts them."""
+    answered = Counter(result.dataset for result in results)
+    return [
+        f"{name}: {count - answered[name]} of {count} samples were not answered and are in no number; "
+        "`dead` events of the run say why"
+        for name, count in asked.items()
+        if answered[name] < count
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,16 +175,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         recipe = load_recipe(options.recipe)
-        step, file = newest_results(recipe)
-        rows = result_rows(read_results(file), released=options.released)
+        event = newest_evaluation(recipe)
+        file = recipe.run.dir / "evaluations" / event["results"]
+        results = read_results(file)
     except MarsError as error:
         sys.stderr.write(f"mars: {error}\n")
         return error.exit_code
     arithmetic = ", arithmetic of the released script" if options.released else ""
-    title = f"{recipe.run.name} after step {step}: held-out samples, greedy{arithmetic}"
+    rows, missing = result_rows(results, released=options.released), unanswered(results, event["asked"])
+    title = f"{recipe.run.name} after step {event['step']}: held-out samples, greedy{arithmetic}"
     show(rows, title, Console())
     page = file.with_name(f"{file.stem}{'-released' if options.released else ''}.md")
-    write_atomic(page, markdown(rows, title).encode())
+    write_atomic(page, "\n".join([markdown(rows, title), *missing]).encode())
+    sys.stdout.write("".join(f"{line}\n" for line in missing))
     sys.stdout.write(f"every sample: {file}\ntable: {page}\n")
     return 0
 

@@ -29,8 +29,8 @@ from mars_trainer.learner import Learner, members_of
 
 SAMPLES_TRIED = 3
 """Training samples that may be unusable before the run is refused."""
-UNUSABLE = {"InputError", *(kind.__name__ for kind in InputError.__subclasses__())}
-"""Reasons of dead letters that lie in the sample alone."""
+UNUSABLE = {"InputError", *(kind.__name__ for kind in InputError.__subclasses__()), "bad input", "reward failed"}
+"""Reasons of dead letters that may lie in the sample alone."""
 PER_MILLE = 1000
 
 

@@ -8,9 +8,9 @@ from functools import cache
 
 from mars_shared.errors import ConfigError
 from mars_shared.settings import DataFiles, DataSection, DatasetName
-from mars_trainer.datasets.base import Dataset, LazySplit, Sample, Split
+from mars_trainer.datasets.base import Dataset, LazySplit, Sample, Split, stable_fraction
 from mars_trainer.datasets.digits import DigitsDataset
-from mars_trainer.datasets.files import is_held_out, name_of, read_files, samples_of
+from mars_trainer.datasets.files import name_of, read_files, samples_of, split_off
 from mars_trainer.datasets.scene import SceneDataset
 
 __all__ = [
@@ -61,15 +61,13 @@ def open_data(data: DataSection) -> RunData:
     for files in data.train:
         records = read_files(files, data.source_names)
         if not data.test:
-            kept_back = [record for record in records if is_held_out(record, data.test_share)]
-            records = [record for record in records if not is_held_out(record, data.test_share)]
-            if kept_back:
-                _add(held_out, files, data, samples_of(files, kept_back, max_image_pixels=data.max_image_pixels))
+            records, kept_back = split_off(records, data.test_share)
+            _add(held_out, files, data, samples_of(files, kept_back, max_image_pixels=data.max_image_pixels))
         train.append(samples_of(files, records, max_image_pixels=data.max_image_pixels))
-    if not held_out or not sum(map(len, train)):
+    if not sum(map(len, train)):
         raise ConfigError(
-            f"data.train has {sum(map(len, train))} rows to train on and {sum(map(len, held_out.values()))} held out "
-            f"(data.test_share is {data.test_share}); expected some of both: name files in data.test, or change the share"
+            f"data.train has no row to train on, {sum(map(len, held_out.values()))} held out (data.test_share is "
+            f"{data.test_share}); expected some of both: name files in data.test, or change the share"
         )
     return RunData(_chained(train), held_out)
 
@@ -99,11 +97,17 @@ def _add(held_out: HeldOut, files: DataFiles, data: DataSection, samples: Sequen
     name = name_of(files)
     if name in held_out:
         raise ConfigError(f"two held-out datasets are called {name!r}; give them a `name` each")
-    held_out[name] = _first(samples, data.eval_samples)
+    held_out[name] = _some(samples, data.eval_samples)
 
 
 def _first(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
     return LazySplit(min(count, len(samples)), samples.__getitem__)
+
+
+def _some(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
+    """A selection that is spread over the rows, always the same, in the rows' order."""
+    chosen = sorted(sorted(range(len(samples)), key=lambda row: stable_fraction(str(row).encode()))[:count])
+    return LazySplit(len(chosen), lambda place: samples[chosen[place]])
 
 
 def _chained(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:

@@ -78,6 +78,7 @@ def check(
             findings.faults.append(str(found))
             continue
         sizes, faults = _sizes(found, images, max_pixels)
+        faults += found.name_faults()
         if found.record_id in seen:
             faults.append(f"{found.where}: id {found.record_id!r} is that of {seen[found.record_id]} too")
         seen.setdefault(found.record_id, found.where)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pydantic import AliasChoices, BaseModel, Field
 
 from mars_shared.errors import InputError
+from mars_trainer.datasets.answers import read_answer
 from mars_trainer.datasets.marks import check_marks, count_marks, without_marks
 from mars_trainer.datasets.records import Record, Row, name_images, shaped
 from mars_trainer.datasets.thoughts import split_thought
@@ -51,6 +52,6 @@ def conversation_record(row: Row, names: Sequence[str] | None) -> Record:
         record_id=str(row.number if found.record_id is None else found.record_id),
         question=question,
         images=name_images(paths, names, row.where),
-        answer=answer,
+        answer=read_answer(answer, f"{row.where}: conversations.1.value"),
         thought=thought,
     )

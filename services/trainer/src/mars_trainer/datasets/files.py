@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from mars_shared.contracts.prompt import SOURCE_NAME
 from mars_shared.errors import ConfigError, InputError
 from mars_shared.images import open_image
 from mars_shared.settings import DataFiles
 from mars_trainer.datasets.base import LazySplit, Sample, stable_fraction
-from mars_trainer.datasets.formats import FORMATS, format_of, read_rows
+from mars_trainer.datasets.formats import FORMATS, data_path, format_of, read_rows
 from mars_trainer.datasets.images import image_bytes
 from mars_trainer.datasets.records import Record
 
@@ -28,15 +27,16 @@ def read_files(files: DataFiles, known_sources: Sequence[str] | None = None) -> 
         ConfigError: no such file or format, no rows, or faulty rows: the first of them, each with file, row and field.
     """
     try:
-        format = files.format or format_of(files.path)
+        path = data_path(files.path)
+        format = files.format or format_of(path)
         if format not in FORMATS:
             raise ConfigError(f"data format {format!r} is unknown; expected one of {', '.join(sorted(FORMATS))}")
-        rows = list(read_rows(files.path, format, files.sources, files.split))
+        rows = list(read_rows(path, format, files.sources, files.split))
     except InputError as error:
         raise ConfigError(f"dataset {files.path}: {error}") from error
     records = [row for row in rows if isinstance(row, Record)]
     faults = [str(row) for row in rows if isinstance(row, InputError)]
-    faults += [fault for record in records for fault in _name_faults(record, known_sources)]
+    faults += [fault for record in records for fault in record.name_faults(known_sources)]
     if faults:
         raise ConfigError(
             f"dataset {files.path}: {len(faults)} of {len(rows)} rows cannot be used: {'; '.join(faults[:SHOWN_FAULTS])}"
@@ -45,19 +45,6 @@ def read_files(files: DataFiles, known_sources: Sequence[str] | None = None) -> 
     if not records:
         raise ConfigError(f"dataset {files.path}: no rows; expected at least one")
     return records
-
-
-def _name_faults(record: Record, known: Sequence[str] | None) -> list[str]:
-    names = [image.name for image in record.images]
-    strange = [name for name in names if not re.fullmatch(SOURCE_NAME, name)]
-    unknown = [name for name in names if known is not None and name not in known]
-    return [
-        *(
-            f"{record.where}: source name {name!r}; expected letters, digits, spaces, '_', '.', '-', at most 64"
-            for name in strange
-        ),
-        *(f"{record.where}: source {name!r} is not one of data.source_names ({', '.join(known or ())})" for name in unknown),
-    ]
 
 
 def samples_of(files: DataFiles, records: Sequence[Record], *, max_image_pixels: int) -> Sequence[Sample]:
@@ -71,13 +58,21 @@ def name_of(files: DataFiles) -> str:
     return files.name or files.path.stem
 
 
-def is_held_out(record: Record, share: float) -> bool:
-    """Whether a row belongs to the held-out share; rows that show the same image files are on the same side.
+def split_off(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
+    """Rows to train on, and the held-out share of about this size, at least one row; the same rows each time.
 
-    Embedded images have no name to go by: there the row's id decides.
+    Rows that show the same image files are on the same side. Embedded images have no name to go by:
+    there the row's id decides.
     """
+    places = [_place(record) for record in records]
+    bound = max(share, math.nextafter(min(places), 1))
+    trained = [record for record, place in zip(records, places, strict=True) if place >= bound]
+    return trained, [record for record, place in zip(records, places, strict=True) if place < bound]
+
+
+def _place(record: Record) -> float:
     shown = [record.record_id] if any(image.embedded for image in record.images) else [str(image.path) for image in record.images]
-    return stable_fraction("\n".join(shown).encode()) < share
+    return stable_fraction("\n".join(shown).encode())
 
 
 def _open(record: Record, dataset: str, folder: Path, max_image_pixels: int) -> Sample:

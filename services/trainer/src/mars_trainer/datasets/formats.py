@@ -41,6 +41,8 @@ def _whole(rows: Callable[[Path], Iterator[Row]]) -> Callable[[Path, str | None]
     return read
 
 
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+
 FORMATS: Mapping[str, Format] = {
     "authors": Format(_whole(json_rows), authors_record, ids_repeat=True),
     "conversations": Format(_whole(json_rows), conversation_record, ids_repeat=True),
@@ -50,6 +52,23 @@ FORMATS: Mapping[str, Format] = {
     "spatialqa": Format(_whole(json_rows), spatialqa_record, ids_repeat=True),
     "verl": Format(verl_rows, verl_record, ids_repeat=True),
 }
+
+
+def data_path(path: Path) -> Path:
+    """The file to read: that itself, or the only data file of a folder that is no dataset as a whole.
+
+    Raises:
+        InputError: a folder with none or several.
+    """
+    if not path.is_dir() or (path / "Annotations").is_dir() or is_saved_dataset(path):
+        return path
+    files = sorted(file for file in path.iterdir() if file.suffix in DATA_SUFFIXES)
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise InputError(
+            f"{path}: expected one {', '.join(DATA_SUFFIXES)} file in the folder, found {found}; name the file to read"
+        )
+    return files[0]
 
 
 def format_of(path: Path) -> str:

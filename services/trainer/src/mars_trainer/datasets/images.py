@@ -28,6 +28,8 @@ def image_bytes(record: Record, image: NamedPath, folder: Path) -> bytes:
 
 
 def _file_bytes(path: Path, folder: Path, what: str) -> bytes:
+    if "\0" in str(path):
+        raise InputError(f"{what}: {str(path)!r} holds a null character; expected the path of an image")
     file = (folder / path).resolve()
     if not file.is_relative_to(folder.resolve()):
         raise InputError(f"{what}: {path} lies outside the image folder {folder}")

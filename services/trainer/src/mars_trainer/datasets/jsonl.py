@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mars_shared.contracts.prompt import BlobHash, SourceName
 from mars_shared.errors import InputError
-from mars_trainer.datasets.answers import Answer
+from mars_trainer.datasets.answers import Answer, read_answer
+from mars_trainer.datasets.marks import check_marks, count_marks, without_marks
 from mars_trainer.datasets.records import NamedPath, Record, Row, shaped
 
 
@@ -33,7 +34,7 @@ class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: str = Field(min_length=1)
-    question: str = Field(min_length=1)
+    question: str = Field(pattern=r"\S")
     answer: Answer
     think: str | None = Field(default=None, pattern=r"\S")
     sources: list[_Source] = Field(min_length=1, max_length=64)
@@ -57,11 +58,18 @@ def jsonl_record(row: Row, names: Sequence[str] | None) -> Record:
     return Record(
         where=row.where,
         record_id=found.id,
-        question=found.question,
+        question=_question(found, row.where),
         images=tuple(NamedPath(source.name, Path(source.image), source.blake3) for source in found.sources),
-        answer=found.answer,
+        answer=read_answer(found.answer, f"{row.where}: answer"),
         thought=found.think,
     )
+
+
+def _question(line: _Line, where: str) -> str:
+    if marks := count_marks(line.question):
+        check_marks(marks, len(line.sources), f"{where}: question")
+        return without_marks(line.question)
+    return line.question
 
 
 def jsonl_line(record: Record) -> str:

@@ -50,24 +50,40 @@ def llvip_record(row: Row, names: Sequence[str] | None) -> Record:
     split = next((split for split in SPLITS if _has_image(folder, split, file.stem)), None)
     if split is None:
         raise InputError(f"{row.where}: neither train nor test of visible and infrared has {file.stem}.jpg")
+    root = _annotation(file, row.where)
     return Record(
         where=row.where,
         record_id=f"{split}/{file.stem}",
         question=QUESTION,
         images=name_images([f"{kind}/{split}/{file.stem}.jpg" for kind in SOURCES], names or SOURCES, row.where),
-        answer=_boxes(file, row.where),
+        answer=_boxes(root, row.where),
+        size_px=_size_px(root, row.where),
     )
 
 
-def _boxes(file: Path, where: str) -> tuple[Box, ...]:
+def _annotation(file: Path, where: str) -> ElementTree.Element:
     try:
-        root = ElementTree.fromstring(file.read_bytes())
+        return ElementTree.fromstring(file.read_bytes())
     except (OSError, ElementTree.ParseError) as error:
         raise InputError(f"{where}: not XML ({error}); expected a VOC annotation") from error
+
+
+def _boxes(root: ElementTree.Element, where: str) -> tuple[Box, ...]:
     boxes = tuple(_box(item, f"{where}: object {index}") for index, item in enumerate(root.iter("object")))
     if not boxes:
         raise InputError(f"{where}: no object; expected at least one person")
     return boxes
+
+
+def _size_px(root: ElementTree.Element, where: str) -> tuple[int, int] | None:
+    """(width, height) of the images, if the annotation states it."""
+    width, height = (root.findtext(f"size/{side}") for side in ("width", "height"))
+    if width is None or height is None:
+        return None
+    try:
+        return int(width), int(height)
+    except ValueError as error:
+        raise InputError(f"{where}: size is {width!r} x {height!r}; expected whole numbers of pixels") from error
 
 
 def _box(item: ElementTree.Element, where: str) -> Box:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from mars_shared.contracts import BoxesTruth, TextTruth, Truth
+from mars_shared.contracts.prompt import SOURCE_NAME
 from mars_shared.errors import InputError
 from mars_shared.http import explain_validation
 from mars_trainer.datasets.answers import Box
 
 Shape = TypeVar("Shape", bound=BaseModel)
+MAX_SOURCES = 64
+"""Images of one prompt."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Record:
         images: in the order in which the question shows them.
         answer: the truth as text, or as boxes in pixels of the first image.
         thought: a chain of thought that leads to the answer, if the dataset has one.
+        size_px: (width, height) that the dataset states of the first image, if it does.
     """
 
     where: str
@@ -59,6 +64,22 @@ class Record:
     images: tuple[NamedPath, ...]
     answer: str | tuple[Box, ...]
     thought: str | None = None
+    size_px: tuple[int, int] | None = None
+
+    def name_faults(self, known: Sequence[str] | None = None) -> list[str]:
+        """One line for each source name that no prompt can carry, or that is not among the `known` ones, and for too many."""
+        names = [image.name for image in self.images]
+        faults = [] if len(names) <= MAX_SOURCES else [f"{self.where}: {len(names)} images; expected at most {MAX_SOURCES}"]
+        faults += [
+            f"{self.where}: source name {name!r}; expected letters, digits, spaces, '_', '.', '-', at most 64"
+            for name in names
+            if not re.fullmatch(SOURCE_NAME, name)
+        ]
+        return faults + [
+            f"{self.where}: source {name!r} is not one of data.source_names ({', '.join(known)})"
+            for name in names
+            if known is not None and name not in known
+        ]
 
     def truth(self, size_px: tuple[int, int]) -> Truth:
         """The truth in terms of the first image's (width, height).
@@ -74,10 +95,16 @@ class Record:
         return BoxesTruth(boxes=self.answer, width_px=width, height_px=height)
 
     def box_faults(self, size_px: tuple[int, int]) -> list[str]:
-        """One line for each box of the answer that is inside out or lies outside the first image."""
+        """One line for another size than the dataset states, and for each box inside out or outside the first image."""
         width, height = size_px
+        stated = self.size_px or size_px
+        wrong_size = (
+            []
+            if stated == size_px
+            else [f"{self.where}: states {stated[0]} x {stated[1]} pixels; the image has {width} x {height}"]
+        )
         boxes = () if isinstance(self.answer, str) else self.answer
-        return [
+        return wrong_size + [
             f"{self.where}: answer: box {index} is ({x1:g}, {y1:g}, {x2:g}, {y2:g}); expected x1 < x2 and y1 < y2 "
             f"inside the image of {width} x {height} pixels"
             for index, (x1, y1, x2, y2) in enumerate(boxes)
@@ -121,7 +148,7 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
     Raises:
         InputError: the file cannot be read.
     """
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             yield Row(f"{path} line {number}", number, line)
 
