@@ -111,6 +111,19 @@ def test_llvip_is_read_as_it_is_published(tmp_path: Path) -> None:
     assert main(["check", str(tmp_path)]) == 0
 
 
+@pytest.mark.parametrize(("size", "code"), [("60 40", 0), ("1280 1024", 3), ("wide tall", 3)])
+def test_the_size_that_an_annotation_states_is_that_of_its_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str, code: int
+) -> None:
+    width, height = size.split()
+    stated = f"<size><width>{width}</width><height>{height}</height></size>"
+    llvip(tmp_path, VOC.format(CORNERS).replace("<annotation>", f"<annotation>{stated}"))
+    assert main(["check", str(tmp_path)]) == code
+    said = capsys.readouterr().out
+    assert ("190001.xml: states 1280 x 1024 pixels; the image has 60 x 40" in said) == (width == "1280")
+    assert ("190001.xml: size is 'wide' x 'tall'; expected whole numbers" in said) == (width == "wide")
+
+
 def test_llvip_splits_are_told_apart_by_the_image_folders(tmp_path: Path) -> None:
     llvip(llvip(tmp_path, split="train", stem="190002"))
     assert [record.record_id for record in read_records(tmp_path, "llvip", split="train")] == ["train/190002"]
