@@ -22,6 +22,7 @@ from mars_shared.contracts import (
     PolicyVersion,
     Prompt,
     Purpose,
+    ReleasedEval,
     RenderedView,
     RolloutGroup,
     SamplingSpec,
@@ -180,6 +181,8 @@ def test_a_scored_group_goes_to_the_stream_of_its_purpose(valkey: EmbeddedValkey
     assert scored.group == sent
     assert [score.reward for score in scored.scores] == [1.25] * 4
     assert (scored.recipe, depth) == ("paper", 0)
+    # The released evaluation script's verdict stands beside the scores of evaluation groups alone.
+    assert scored.released == ((ReleasedEval(value=1.0, correct=True),) * 4 if purpose is Purpose.EVAL else None)
 
 
 def test_bad_groups_are_dead_letters_with_reasons_and_the_next_group_is_scored(valkey: EmbeddedValkey) -> None:

@@ -47,13 +47,11 @@ def score_group(group: RolloutGroup, recipe: str) -> ScoredGroup:
     if truth is None:
         raise InputError(f"group {group.group_id}: prompt {group.prompt.prompt_id!r} has no truth; expected boxes or a text")
     scores = tuple(_score(completion, group, recipe) for completion in group.completions)
-    if evaluates:
-        scores = tuple(
-            scored.model_copy(update={"released": released_eval(completion.text, truth)})
-            for completion, scored in zip(group.completions, scores, strict=True)
-        )
+    released = tuple(released_eval(completion.text, truth) for completion in group.completions) if evaluates else None
     reward_s = time.perf_counter() - start_s
-    return ScoredGroup(group=group, scores=scores, recipe=recipe, scoring_started_at=started_at, reward_s=reward_s)
+    return ScoredGroup(
+        group=group, scores=scores, released=released, recipe=recipe, scoring_started_at=started_at, reward_s=reward_s
+    )
 
 
 def _score(completion: Completion, group: RolloutGroup, recipe: str) -> Score:

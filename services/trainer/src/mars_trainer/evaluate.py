@@ -100,8 +100,9 @@ def result_of(scored: ScoredGroup, dataset: str) -> SampleResult:
         KeyError: a score has neither accuracy nor IoU.
     """
     prompt, mono = scored.group.prompt, {}
-    for completion, score in zip(scored.group.completions, scored.scores, strict=True):
-        result = Result(value=metric_of(score), parsed=score.parsed, completion=completion.text, released=score.released)
+    said = scored.released or [None] * len(scored.scores)
+    for completion, score, released in zip(scored.group.completions, scored.scores, said, strict=True):
+        result = Result(value=metric_of(score), parsed=score.parsed, completion=completion.text, released=released)
         if completion.kind is Kind.MULTI:
             multi = result
         else:

@@ -33,7 +33,6 @@ class Score(Contract):
     reward: float
     parts: dict[str, float]
     parsed: bool = Field(description="whether an answer could be read from the completion")
-    released: ReleasedEval | None = Field(default=None, description="of evaluation groups")
 
 
 class ScoreRequest(Message):
@@ -55,6 +54,7 @@ class ScoredGroup(Message):
 
     group: RolloutGroup
     scores: tuple[Score, ...]
+    released: tuple[ReleasedEval, ...] | None = Field(default=None, description="one per completion, of evaluation groups")
     recipe: str
     scoring_started_at: float = Field(ge=0, description="unix time when scoring began; for the timeline alone")
     reward_s: float = Field(ge=0, description="wall seconds that scoring took")
@@ -69,6 +69,10 @@ class ScoredGroup(Message):
 
     @model_validator(mode="after")
     def _one_score_each(self) -> ScoredGroup:
+        if self.released is not None and len(self.released) != len(self.group.completions):
+            raise ValueError(
+                f"group {self.group.group_id}: {len(self.released)} released results for {len(self.group.completions)} completions"
+            )
         if len(self.scores) != len(self.group.completions):
             raise ValueError(
                 f"group {self.group.group_id}: {len(self.scores)} scores for {len(self.group.completions)} completions"
