@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from mars_shared.queue import Queue
 from mars_shared.server import EmbeddedValkey
 
 pytest_plugins = ["rollout_fixtures"]
+
+# A busy machine makes nothing wrong: no test of ours judges by the clock.
+settings.register_profile("mars", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mars")
 
 ROOT = Path(__file__).resolve().parent.parent
 
