@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -78,7 +79,7 @@ class Stack:
     def url(self, offset: int = 0) -> str:
         return f"http://127.0.0.1:{PORT + offset}"
 
-    def events(self, kind: str) -> list[dict[str, object]]:
+    def events(self, kind: str) -> list[dict[str, Any]]:
         return read_events(self.run_dir / "events.jsonl", kind)
 
     def wait(self, what: str, condition: Callable[[], bool], *, timeout_s: float = 240) -> None:
@@ -178,21 +179,21 @@ def test_rewards_are_those_of_the_answers(stack: Stack) -> None:
 
 def test_the_run_began_with_a_self_test(stack: Stack) -> None:
     (event,) = stack.events("self_test")
-    assert event["logprob_difference_max"] < 1e-4  # type: ignore[operator]
-    assert event["tokens"] >= 4 and event["image_tokens"] > 0  # type: ignore[operator]
+    assert event["logprob_difference_max"] < 1e-4
+    assert event["tokens"] >= 4 and event["image_tokens"] > 0
     assert "self-test: sampler and trainer agree" in stack.output.read_text()
 
 
 def test_sampler_and_trainer_agree_on_every_step(stack: Stack) -> None:
     for event in stack.events("step"):
-        assert event["metrics"]["sampler/logprob_difference_max"] < 1e-4  # type: ignore[index]
+        assert event["metrics"]["sampler/logprob_difference_max"] < 1e-4
 
 
 def test_stages_of_a_step_sum_to_its_wall_time(stack: Stack) -> None:
     for event in stack.events("step"):
-        start, end = event["window"]  # type: ignore[misc]
-        assert math.fsum(event["seconds"].values()) == pytest.approx(end - start, abs=1e-6)  # type: ignore[attr-defined]
-        assert event["seconds"]["generation"] > 0 and event["seconds"]["training"] > 0  # type: ignore[index]
+        start, end = event["window"]
+        assert math.fsum(event["seconds"].values()) == pytest.approx(end - start, abs=1e-6)
+        assert event["seconds"]["generation"] > 0 and event["seconds"]["training"] > 0
 
 
 def test_every_replica_serves_the_last_version(stack: Stack) -> None:

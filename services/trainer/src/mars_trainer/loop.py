@@ -247,7 +247,8 @@ class TrainingRun:
         file, asked = results_name(kind, self.version.step), {name: len(samples) for name, samples in self.data.held_out.items()}
         write_results(self.evaluations / file, results)
         entry = {"step": self.version.step, **summarise_by_dataset(results), "asked": asked, "results": file}
-        self.events.write(kind, **entry, seconds=time.time() - began)
+        entry["seconds"] = time.time() - began
+        self.events.write(kind, **entry)
         self.progress.evaluations.append(entry)
         return answers
 

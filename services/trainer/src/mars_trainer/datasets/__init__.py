@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -111,10 +111,5 @@ def _some(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
 
 
 def _chained(parts: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
-    places = list(_places(parts))
-    return LazySplit(len(places), lambda row: parts[places[row][0]][places[row][1]])
-
-
-def _places(parts: Sequence[Sequence[Sample]]) -> Iterator[tuple[int, int]]:
-    for part, samples in enumerate(parts):
-        yield from ((part, row) for row in range(len(samples)))
+    places = [(samples, row) for samples in parts for row in range(len(samples))]
+    return LazySplit(len(places), lambda place: places[place][0][places[place][1]])
