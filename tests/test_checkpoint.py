@@ -133,6 +133,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert "step_20/model.safetensors" in caplog.text
 
 
+def test_checkpoints_of_another_model_or_run_are_named_and_the_one_before_them_taken(
+    store: CheckpointStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step, fields in ((10, {}), (20, {"model": "b" * 64}), (30, {"run": "other"})):
+        CheckpointStore(tmp_path / "checkpoints", keep=9).save(checkpoint(step, **fields))
+    with caplog.at_level(logging.ERROR):
+        assert newest(store).ledger.version.step == 10
+    assert "step_20: made for another model" in caplog.text and "step_30: belongs to run 'other'" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["before the rename", "after it"])
+def test_a_save_that_replaces_a_checkpoint_and_is_cut_off_leaves_a_whole_one(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "checkpoints"
+    target = CheckpointStore(root, keep=2).save(checkpoint(4))
+    aside = root / ".aside-step_4"
+    if name == "before the rename":
+        target.rename(aside)
+    else:
+        shutil.copytree(target, aside)
+    assert newest(CheckpointStore(root, keep=2)).ledger.version.step == 4
+    assert not aside.exists()
+
+
 def test_where_no_checkpoint_is_whole_the_run_does_not_silently_begin_anew(store: CheckpointStore) -> None:
     for step in (10, 20):
         (store.save(checkpoint(step)) / "state.json").unlink()

@@ -16,7 +16,7 @@ from builders import make_group, make_score, make_scored
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import PolicyVersion, Prompt, ScoredGroup
 from mars_shared.errors import InputError
-from mars_shared.queue import Claim
+from mars_shared.queue import Claim, DeadLetter
 from mars_shared.settings import load_recipe
 from mars_shared.telemetry import EventLog, read_events
 from mars_trainer.checkpoint import Checkpoint, Ledger
@@ -24,7 +24,7 @@ from mars_trainer.credit import Credit
 from mars_trainer.datasets import RunData, Sample, load_dataset
 from mars_trainer.dispatch import PromptMaker, place_of
 from mars_trainer.evaluate import read_results
-from mars_trainer.exchange import Answer
+from mars_trainer.exchange import Answer, Death, Retry
 from mars_trainer.loop import Progress, TrainingRun
 from mars_trainer.samples import SampleLog
 
@@ -50,24 +50,45 @@ max_generation_batches = 3
 """
 
 
-class Replies:
-    """Answers every prompt; rewards differ for the dispatch indices in `telling` alone."""
+LETTER = DeadLetter("1-0", b"", "key", "ImageError", "source 'visible' is torn", "mars:test:prompts", 1, 0.0)
 
-    def __init__(self, telling: Iterable[int]) -> None:
-        self.telling = set(telling)
+
+class Replies:
+    """Answers every prompt; rewards differ for the dispatch indices in `telling` alone, and those in `deadly` die."""
+
+    def __init__(self, telling: Iterable[int], deadly: Iterable[int] = ()) -> None:
+        self.telling, self.deadly = set(telling), set(deadly)
+        self.waiting: list[Prompt] = []
+        self.retries: list[Retry] = []
         self.asked: list[list[int]] = []
         self.acknowledged: list[int] = []
 
-    async def gather(self, prompts: Iterable[Prompt], *, replace: Any = None) -> list[Answer]:
-        prompts = list(prompts)
-        self.asked.append([prompt.dispatch_index for prompt in prompts])
-        return [Answer(Claim("s", str(prompt.dispatch_index), "c", 1, b""), self._scored(prompt)) for prompt in prompts]
+    def ask(self, prompts: Iterable[Prompt]) -> None:
+        self.waiting += prompts
 
-    async def start(self) -> None:
+    async def receive(self) -> tuple[list[Answer], list[Death]]:
+        prompts, self.waiting = self.waiting, []
+        if prompts:
+            self.asked.append([prompt.dispatch_index for prompt in prompts])
+        deaths = [Death(prompt, LETTER) for prompt in prompts if prompt.dispatch_index in self.deadly]
+        return [self._answer(prompt) for prompt in prompts if prompt.dispatch_index not in self.deadly], deaths
+
+    async def gather(self, prompts: Iterable[Prompt], *, on_death: Any) -> list[Answer]:
+        self.ask(prompts)
+        return (await self.receive())[0]
+
+    def take_retry(self) -> Retry | None:
+        return self.retries.pop(0) if self.retries else None
+
+    async def start(self, dispatched: Sequence[Prompt] = (), **_: Any) -> list[Prompt]:
         """Nothing is left from before."""
+        return list(dispatched)
 
-    async def acknowledge(self, answers: Iterable[Answer]) -> None:
-        self.acknowledged += [answer.scored.group.prompt.dispatch_index for answer in answers]
+    async def acknowledge(self, claims: Iterable[Claim]) -> None:
+        self.acknowledged += [int(claim.entry_id) for claim in claims]
+
+    def _answer(self, prompt: Prompt) -> Answer:
+        return Answer(Claim("s", str(prompt.dispatch_index), "c", 1, b""), self._scored(prompt))
 
     def _scored(self, prompt: Prompt) -> ScoredGroup:
         group = make_group(prompt)
@@ -108,6 +129,9 @@ class Shelf:
     def publish(self, model: object, version: PolicyVersion) -> None:
         self.versions.append(version)
 
+    def is_damaged(self) -> bool:
+        return False
+
 
 def make_run(folder: Path, replies: Replies, pupil: Pupil, shelf: Shelf, **train: Any) -> TrainingRun:
     (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
@@ -145,7 +169,7 @@ async def test_groups_without_signal_are_replaced_by_the_next_prompts(tmp_path: 
     # What is not trained on leaves the stream at once, the rest with the checkpoint.
     assert replies.acknowledged == [1, 3, 0, 2, 4, 5, 6, 7]
     steps = read_events(tmp_path / "events.jsonl", "step")
-    assert [(s["metrics"]["groups"], s["metrics"]["generation_batches"]) for s in steps] == [(5, 3), (3, 1)]
+    assert [(s["metrics"]["groups"], s["metrics"]["groups/trained"]) for s in steps] == [(5, 3), (3, 3)]
     assert read_events(tmp_path / "events.jsonl", "short") == []
 
 
@@ -153,15 +177,15 @@ async def test_after_the_last_attempt_the_step_trains_on_what_there_is_and_says_
     replies, pupil, shelf = Replies(telling={1, 5}), Pupil(), Shelf()
     run = make_run(tmp_path, replies, pupil, shelf)
     await run._step()
-    assert replies.asked == [[0, 1, 2], [3, 4], [5, 6]]
+    # Three times three groups are looked at: 0 to 8.
+    assert replies.asked == [[0, 1, 2], [3, 4], [5, 6], [7], [8]]
     assert pupil.steps == [[1, 5]]
     (event,) = read_events(tmp_path / "events.jsonl", "short")
-    assert {key: event[key] for key in ("step", "kept", "wanted", "without_signal", "rounds")} == {
+    assert {key: event[key] for key in ("step", "kept", "wanted", "without_signal")} == {
         "step": 1,
         "kept": 2,
         "wanted": 3,
-        "without_signal": 5,
-        "rounds": 3,
+        "without_signal": 7,
     }
 
 
@@ -193,6 +217,34 @@ async def test_without_dynamic_sampling_every_group_is_trained_on(tmp_path: Path
     await run._step()
     assert replies.asked == [[0, 1, 2]] and pupil.steps == [[0, 1, 2]]
     assert run.ledger.consumed == ((0, 1, 2),) and run.ledger.filtered == ()
+
+
+async def test_a_dead_prompt_is_replaced_by_the_next_one_and_counted(tmp_path: Path) -> None:
+    replies, pupil = Replies(telling=range(99), deadly={1, 3}), Pupil()
+    run = make_run(tmp_path, replies, pupil, Shelf())
+    await run._step()
+    assert replies.asked == [[0, 1, 2], [3], [4]] and pupil.steps == [[0, 2, 4]]
+    assert run.ledger.dead == (1, 3) and run.ledger.consumed == ((0, 2, 4),)
+    assert [event["task_id"] for event in read_events(tmp_path / "events.jsonl", "dead")] == ["train-00000001", "train-00000003"]
+
+
+async def test_where_every_prompt_dies_the_run_ends_and_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path, Replies(telling=(), deadly=range(999)), Pupil(), Shelf())
+    # Twice the batch and eight more are replaced.
+    with pytest.raises(InputError, match="step 1: every prompt died, 14 replacements too"):
+        await run._step()
+
+
+async def test_a_retried_prompt_takes_the_next_place_and_is_acknowledged_with_the_checkpoint(tmp_path: Path) -> None:
+    replies, shelf = Replies(telling=range(99)), Shelf()
+    run = make_run(tmp_path, replies, Pupil(), shelf)
+    old = run.prompts.training(run.data.train[5], epoch=0, dispatch_index=77, version=PolicyVersion(incarnation=0, step=9))
+    replies.retries = [Retry(Claim("retries", "500", "c", 1, b""), old)]
+    await run._step()
+    assert replies.asked == [[0, 1, 2]]
+    kept = next(iter((tmp_path / "groups.jsonl").read_text().splitlines()))
+    assert f'"prompt_id": "{old.prompt_id}"' in kept and '"task_id": "train-00000000"' in kept
+    assert replies.acknowledged == [0, 1, 2, 500]
 
 
 class Damaged(Sequence[Sample]):

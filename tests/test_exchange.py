@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from builders import make_group, make_prompt, make_score, make_scored
-from mars_shared.contracts import PolicyVersion, Prompt, Purpose, ScoredGroup
+from mars_shared.contracts import PolicyVersion, Prompt, Purpose, RolloutGroup, ScoredGroup
 from mars_shared.errors import LeaseLostError, QueueUnavailableError
-from mars_shared.queue import Claim, DeadLetter, Queue, Streams
+from mars_shared.queue import Claim, Queue, Streams
 from mars_shared.server import EmbeddedValkey
 from mars_trainer import exchange as exchange_module
-from mars_trainer.exchange import Answer, Exchange, trainer_queue
+from mars_trainer.exchange import Answer, Death, Exchange, trainer_queue
 
 PATIENT_S = 15.0
 
@@ -48,8 +48,9 @@ class Worker:
         claim = await self.queue.claim(streams.rollouts, "scorer", wait_s=0)
         if claim is None:
             return False
-        group = ScoredGroup.model_validate_json(claim.payload)
-        await self.queue.complete(claim, forward=streams.scored(group.group.prompt.purpose), payload=claim.payload)
+        prompt = RolloutGroup.model_validate_json(claim.payload).prompt
+        payload = scored(prompt).model_dump_json().encode()
+        await self.queue.complete(claim, forward=streams.scored(prompt.purpose), payload=payload)
         return True
 
     async def _make(self, claim: Claim) -> None:
@@ -62,7 +63,7 @@ class Worker:
             await self.queue.acknowledge([claim])
         else:
             await self.queue.complete(
-                claim, forward=Streams(self.run).rollouts, payload=scored(prompt).model_dump_json().encode()
+                claim, forward=Streams(self.run).rollouts, payload=make_group(prompt).model_dump_json().encode()
             )
 
 
@@ -113,8 +114,10 @@ def exchange(queue: Queue, run_name: str, fast: None) -> Exchange:
     return make_exchange(queue, run_name)
 
 
-def make_exchange(queue: Queue, run: str, *, purpose: Purpose = Purpose.TRAIN, issuer: str = "1", bound: int = 1000) -> Exchange:
-    return Exchange(queue, run, purpose, issuer=issuer, bound=bound)
+def make_exchange(
+    queue: Queue, run: str, *, purpose: Purpose = Purpose.TRAIN, incarnation: int = 1, bound: int = 1000
+) -> Exchange:
+    return Exchange(queue, run, purpose, incarnation=incarnation, bound=bound)
 
 
 def prompts_of(run: str, *indices: int, purpose: Purpose = Purpose.TRAIN) -> list[Prompt]:
@@ -146,6 +149,10 @@ def indices(answers: list[Answer]) -> list[int]:
     return [answer.scored.group.prompt.dispatch_index for answer in answers]
 
 
+def claims_of(answers: list[Answer]) -> list[Claim]:
+    return [answer.claim for answer in answers]
+
+
 async def depths(queue: Queue, run: str) -> dict[str, int]:
     streams = Streams(run)
     names = {
@@ -166,7 +173,7 @@ async def test_answers_come_in_dispatch_order_and_stay_in_the_stream_until_ackno
     assert indices(answers) == [1, 2, 3] and exchange.outstanding == 0
     assert answers[0].scored == scored(make_prompt(1, run=run_name))
     assert await depths(exchange.queue, run_name) == {"prompts": 0, "rollouts": 0, "scored": 3, "dead": 0}
-    await exchange.acknowledge(answers)
+    await exchange.acknowledge(claims_of(answers))
     assert await depths(exchange.queue, run_name) == {"prompts": 0, "rollouts": 0, "scored": 0, "dead": 0}
 
 
@@ -219,7 +226,7 @@ async def test_no_more_prompts_wait_than_the_bound_and_all_are_answered(
     gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(10))))
     await until(lambda: exchange.outstanding >= 3, gathering)
     await asyncio.sleep(0.4)
-    assert await queue.depth(exchange.streams.prompts) == 3 == exchange.outstanding
+    assert await queue.depth(exchange.streams.prompts) == 3 and exchange.outstanding == 10
     async with working(Worker(patient_queue, run_name)):
         assert indices(await patiently(gathering)) == list(range(10))
 
@@ -255,36 +262,28 @@ async def answers_after(exchange: Exchange, queue: Queue, run: str) -> list[Answ
         return await exchange.gather(prompts_of(run, 3))
 
 
-async def test_a_dead_prompt_gives_its_place_to_its_replacement(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
-    letters: list[tuple[int, DeadLetter]] = []
-
-    def replace(prompt: Prompt, letter: DeadLetter) -> Prompt:
-        letters.append((prompt.dispatch_index, letter))
-        return make_prompt(prompt.dispatch_index + 100, run=run_name)
-
-    async with working(Worker(patient_queue, run_name, refuse=frozenset({2, 102}))):
-        answers = await patiently(exchange.gather(prompts_of(run_name, 1, 2, 3), replace=replace))
-    assert indices(answers) == [1, 3, 202]
-    assert [(index, letter.reason, letter.detail) for index, letter in letters] == [
-        (2, "ImageError", "source 'visible' is torn"),
-        (102, "ImageError", "source 'visible' is torn"),
-    ]
-    assert (await depths(exchange.queue, run_name))["dead"] == 2
+async def test_a_dead_prompt_is_reported_with_its_letter_while_the_others_are_answered(
+    exchange: Exchange, patient_queue: Queue, run_name: str
+) -> None:
+    deaths: list[Death] = []
+    async with working(Worker(patient_queue, run_name, refuse=frozenset({2}))):
+        answers = await patiently(exchange.gather(prompts_of(run_name, 1, 2, 3), on_death=deaths.append))
+    assert indices(answers) == [1, 3]
+    (death,) = deaths
+    assert death.prompt == make_prompt(2, run=run_name)
+    assert (death.letter.reason, death.letter.detail) == ("ImageError", "source 'visible' is torn")
+    assert (await depths(exchange.queue, run_name))["dead"] == 1
 
 
-async def test_without_a_replacement_there_is_one_answer_fewer(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+async def test_there_is_one_answer_fewer_for_each_death(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
     async with working(Worker(patient_queue, run_name, refuse=frozenset({1, 2}))):
         assert indices(await patiently(exchange.gather(prompts_of(run_name, 1, 2, 3)))) == [3]
 
 
 async def test_more_prompts_may_die_at_once_than_one_look_shows(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
-    dead: list[int] = []
-
-    def replace(prompt: Prompt, letter: DeadLetter) -> None:
-        dead.append(prompt.dispatch_index)
-
+    deaths: list[Death] = []
     await exchange.start()
-    gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(130)), replace=replace))
+    gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(130)), on_death=deaths.append))
     worker = Worker(patient_queue, run_name, refuse=frozenset(range(130)))
     await filled(patient_queue, exchange.streams.prompts, 130, gathering)
     claims = [await patient_queue.claim(exchange.streams.prompts, "replica", wait_s=0) for _ in range(130)]
@@ -293,23 +292,25 @@ async def test_more_prompts_may_die_at_once_than_one_look_shows(exchange: Exchan
         await patient_queue.dead_letter(claim, "ImageError", "torn")
     async with working(worker):
         assert await patiently(gathering) == []
-    assert sorted(dead) == list(range(130))
+    assert sorted(death.prompt.dispatch_index for death in deaths) == list(range(130))
 
 
-@pytest.mark.parametrize("issuer", ["1", "2"])
+@pytest.mark.parametrize("incarnation", [1, 2])
 async def test_dead_letters_from_before_the_start_bury_nobody(
-    queue: Queue, patient_queue: Queue, run_name: str, fast: None, issuer: str
+    queue: Queue, patient_queue: Queue, run_name: str, fast: None, incarnation: int
 ) -> None:
     # A trainer has its predecessor's incarnation again where the run's folder was deleted and an outside Redis kept its data.
     async with working(Worker(patient_queue, run_name, refuse=frozenset({1}))):
         assert await patiently(make_exchange(queue, run_name).gather(prompts_of(run_name, 1))) == []
-    again = make_exchange(queue, run_name, issuer=issuer)
+    again = make_exchange(queue, run_name, incarnation=incarnation)
     await again.start()
     async with working(Worker(patient_queue, run_name)):
         assert indices(await patiently(again.gather(prompts_of(run_name, 1)))) == [1]
 
 
-async def test_a_prompt_of_another_issuer_may_die_beside_ours(exchange: Exchange, patient_queue: Queue, run_name: str) -> None:
+async def test_a_prompt_of_another_incarnation_may_die_beside_ours(
+    exchange: Exchange, patient_queue: Queue, run_name: str
+) -> None:
     await exchange.start()
     stream = exchange.streams.prompts
     prompt = make_prompt(1, run=run_name)
@@ -366,7 +367,7 @@ async def test_what_is_only_slow_is_not_asked_again(exchange: Exchange, patient_
     await asyncio.sleep(1.0)  # several reconciliations, with one prompt waiting and one in a replica's hands
     assert claim is not None
     prompt = Prompt.model_validate_json(claim.payload)
-    await patient_queue.complete(claim, forward=exchange.streams.rollouts, payload=scored(prompt).model_dump_json().encode())
+    await patient_queue.complete(claim, forward=exchange.streams.rollouts, payload=make_group(prompt).model_dump_json().encode())
     await asyncio.sleep(0.5)
     async with working(Worker(patient_queue, run_name)) as worker:
         assert indices(await patiently(gathering)) == [1, 2]
@@ -392,7 +393,7 @@ async def test_the_same_prompts_can_be_asked_again_later(exchange: Exchange, pat
         for _ in range(2):
             answers = await patiently(exchange.gather(prompts_of(run_name, 1, 2)))
             assert indices(answers) == [1, 2]
-            await exchange.acknowledge(answers)
+            await exchange.acknowledge(claims_of(answers))
 
 
 async def test_a_restarted_trainer_clears_what_its_predecessor_left(
@@ -405,11 +406,74 @@ async def test_a_restarted_trainer_clears_what_its_predecessor_left(
     for _ in range(2):
         assert await worker.step()
     gathering.cancel()
-    again = make_exchange(queue, run_name, issuer="2")
+    again = make_exchange(queue, run_name, incarnation=2)
     await again.start()
     assert await depths(queue, run_name) == {"prompts": 0, "rollouts": 0, "scored": 0, "dead": 0}
     async with working(worker):
         assert indices(await patiently(again.gather(prompts_of(run_name, *range(4))))) == [0, 1, 2, 3]
+
+
+async def test_a_restarted_trainer_keeps_groups_of_what_its_checkpoint_lists_and_asks_the_rest_again(
+    queue: Queue, patient_queue: Queue, run_name: str, fast: None
+) -> None:
+    before = make_exchange(queue, run_name)
+    dispatched = prompts_of(run_name, *range(5))
+    gathering = asyncio.create_task(before.gather(dispatched))
+    worker = Worker(patient_queue, run_name)
+    await filled(queue, before.streams.prompts, 5, gathering)
+    for _ in range(3):
+        assert await worker.step()
+    gathering.cancel()
+    assert await depths(queue, run_name) == {"prompts": 2, "rollouts": 3, "scored": 0, "dead": 0}
+    claim = await patient_queue.claim(before.streams.rollouts, "scorer", wait_s=0)
+    assert claim is not None
+    payload = scored(dispatched[0]).model_dump_json().encode()
+    await patient_queue.complete(claim, forward=before.streams.scored(Purpose.TRAIN), payload=payload)
+    again = make_exchange(queue, run_name, incarnation=2)
+    # Of group 0 there is a score, of 1 and 2 there are rollouts; the policy that made 2 is no ancestor; 3 and 4 are not made.
+    lost = await again.start(dispatched[:4], usable=lambda group: group.prompt.dispatch_index != 2)
+    assert [prompt.dispatch_index for prompt in lost] == [2, 3]
+    assert await depths(queue, run_name) == {"prompts": 0, "rollouts": 1, "scored": 1, "dead": 0}
+    worker.seen.clear()
+    async with working(worker):
+        assert indices(await patiently(again.gather(lost))) == [0, 1, 2, 3]
+    assert worker.seen == [prompt.task_id for prompt in lost]
+
+
+async def test_a_prompt_that_shall_be_asked_again_is_offered_until_it_is_acknowledged(
+    queue: Queue, patient_queue: Queue, run_name: str, fast: None
+) -> None:
+    prompt = make_prompt(7, run=run_name)
+    await patient_queue.put(Streams(run_name).retries, prompt.model_dump_json().encode(), dedupe_key="k", bound=9)
+    for incarnation in (1, 2):
+        exchange = make_exchange(queue, run_name, incarnation=incarnation)
+        await exchange.start()
+        await exchange.receive()
+        retry = exchange.take_retry()
+        assert retry is not None and retry.prompt == prompt
+        assert exchange.take_retry() is None
+    await exchange.acknowledge([retry.claim])
+    assert await queue.depth(exchange.streams.retries) == 0
+
+
+async def test_when_redis_is_full_of_what_the_trainer_holds_it_makes_room(
+    queue: Queue, patient_queue: Queue, run_name: str, fast: None
+) -> None:
+    exchange = make_exchange(queue, run_name, bound=2)
+    other = prompts_of(run_name, 8, 9)
+    for prompt in other:
+        await patient_queue.put(exchange.streams.prompts, prompt.model_dump_json().encode(), dedupe_key=prompt.task_id, bound=9)
+    asked_for_room = asyncio.Event()
+
+    async def make_room() -> None:
+        asked_for_room.set()
+        await queue.purge(exchange.streams.prompts)
+
+    exchange.relieve = make_room
+    gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, 1, 2)))
+    await until(asked_for_room.is_set, gathering)
+    async with working(Worker(patient_queue, run_name)):
+        assert indices(await patiently(gathering)) == [1, 2]
 
 
 async def test_training_and_evaluation_do_not_take_each_others_answers(
@@ -455,7 +519,7 @@ async def test_redis_may_die_in_the_middle_with_its_data_or_without(
         async with working(worker):
             answers = await patiently(gathering)
             assert indices(answers) == list(range(6))
-            await exchange.acknowledge(answers)
+            await exchange.acknowledge(claims_of(answers))
     finally:
         await queue.close()
         await worker_queue.close()
@@ -470,7 +534,7 @@ async def test_acknowledging_waits_for_redis(own_valkey: EmbeddedValkey, run_nam
         async with working(Worker(queue, run_name)):
             answers = await patiently(exchange.gather(prompts_of(run_name, 1)))
         await asyncio.to_thread(own_valkey.stop)
-        acknowledging = asyncio.create_task(exchange.acknowledge(answers))
+        acknowledging = asyncio.create_task(exchange.acknowledge(claims_of(answers)))
         await asyncio.sleep(0.3)
         assert not acknowledging.done()
         await asyncio.to_thread(own_valkey.start)

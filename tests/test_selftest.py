@@ -6,7 +6,7 @@ The sampler at the exchange's seam is a double that tells the truth about a real
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +39,7 @@ from mars_trainer.batching import expand_placeholders, pixels
 from mars_trainer.checkpoint import Ledger
 from mars_trainer.datasets import RunData, load_dataset
 from mars_trainer.dispatch import PromptMaker, place_of
+from mars_trainer.exchange import Death
 from mars_trainer.learner import Learner
 from mars_trainer.loop import Progress, TrainingRun
 from mars_trainer.samples import SampleLog
@@ -165,17 +166,17 @@ class Sampler:
     async def start(self) -> None:
         pass
 
-    async def acknowledge(self, answers: Iterable[Any]) -> None:
+    async def acknowledge(self, claims: Iterable[Any]) -> None:
         pass
 
-    async def gather(self, prompts: Iterable[Prompt], *, replace: Callable[[Prompt, DeadLetter], None]) -> list[Any]:
+    async def gather(self, prompts: Iterable[Prompt], *, on_death: Callable[[Death], None]) -> list[Any]:
         (prompt,) = prompts
         self.asked.append(prompt)
         if len(self.asked) <= self.dead:
             letter = DeadLetter("1", b"", "key", self.reason, "it is torn", stream="prompts", attempt=1, time_s=0.0)
-            replace(prompt, letter)
+            on_death(Death(prompt, letter))
             return []
-        return [SimpleNamespace(scored=SimpleNamespace(group=self.lie(self._true_group(prompt))))]
+        return [SimpleNamespace(claim=None, scored=SimpleNamespace(group=self.lie(self._true_group(prompt))))]
 
     def _true_group(self, prompt: Prompt) -> RolloutGroup:
         names = [source.name for source in prompt.sources]
@@ -234,8 +235,11 @@ class Untouched:
 class Quiet:
     """An exchange and a publisher that may be started and published to, and nothing else."""
 
-    async def start(self) -> None:
-        pass
+    async def start(self, dispatched: Sequence[Prompt] = (), **_: Any) -> list[Prompt]:
+        return []
+
+    def ask(self, prompts: Iterable[Prompt]) -> None:
+        assert not list(prompts)
 
     def publish(self, model: object, version: PolicyVersion) -> None:
         pass

@@ -66,6 +66,11 @@ class Streams:
     def dead(self) -> str:
         return f"mars:{self.run}:dead"
 
+    @property
+    def retries(self) -> str:
+        """Training prompts that died and shall be asked again."""
+        return f"mars:{self.run}:retries"
+
     @classmethod
     def of(cls, stream: str) -> Streams:
         """The run's streams, given any one of them."""
@@ -93,6 +98,15 @@ class Claim:
 
     def __str__(self) -> str:
         return f"{self.stream} entry {self.entry_id}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What stands in a stream, under the dedupe key it was first put with."""
+
+    entry_id: str
+    key: str
+    payload: bytes = field(repr=False)
 
 
 class PutResult(StrEnum):
@@ -300,6 +314,12 @@ class Queue:
         with self._errors():
             found = await self._outstanding([stream])
         return {entry_id.decode(): key.decode() for entry_id, key in found}
+
+    async def entries(self, stream: str) -> list[Entry]:
+        """All outstanding entries, oldest first, claimed or not; claims stay as they are."""
+        with self._errors():
+            found = await self._redis.xrange(stream)
+        return [Entry(entry_id.decode(), fields[b"key"].decode(), fields[b"payload"]) for entry_id, fields in found]
 
     async def remove(self, stream: str, entry_ids: Iterable[str]) -> int:
         """Remove entries, claimed or not; claims on them are lost. Returns how many were there."""

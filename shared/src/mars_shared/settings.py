@@ -206,7 +206,9 @@ class TrainSection(Section):
         "are normalised over are equal; `multi`: the multi-source rewards are",
     )
     max_generation_batches: int = Field(
-        default=10, ge=1, description="with dynamic sampling: times that a step asks for groups; then it trains on what there is"
+        default=10,
+        ge=1,
+        description="with dynamic sampling: a step looks at up to this many times `prompts_per_step` groups; then it trains on what there is",
     )
     overlong_buffer: int | None = Field(
         default=None, ge=1, description="tokens before max_completion_length over which a punishment grows; None: none"
@@ -215,7 +217,12 @@ class TrainSection(Section):
     mask_truncated_completions: bool = Field(
         default=False, description="leave completions that hit the length limit out of the loss"
     )
-    max_staleness: int = Field(default=0, ge=0, le=0, description="0: every group is made by the policy it trains")
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        description="steps by which a group may be older than the policy that it trains; 0: made by that very policy. Above 0 "
+        "generation goes on while the trainer works, and `importance_correction` is needed",
+    )
     tokens_per_microbatch: int = Field(default=16384, ge=1, description="padded tokens of one forward pass")
     logprob_chunk_tokens: int = Field(default=1024, ge=1, description="tokens whose logits exist at a time")
     checkpoint_every: int = Field(default=10, ge=1, description="steps; groups are acknowledged then")
@@ -289,6 +296,11 @@ class Recipe(BaseSettings):
             raise ValueError(
                 f"train.importance_correction is {train.importance_correction!r} with rollout.top_p = {self.rollout.top_p}; "
                 "expected top_p = 1: a sampler's probabilities within a nucleus are not comparable with the trainer's"
+            )
+        if train.max_staleness > 0 and train.importance_correction == "none":
+            raise ValueError(
+                f"train.max_staleness is {train.max_staleness} with train.importance_correction = 'none'; expected one of the "
+                "corrections, e.g. 'token_truncate': older policies sample other tokens than the one that is trained"
             )
         if train.dual_clip is not None and train.dual_clip <= 1 + train.epsilon_high:
             raise ValueError(

@@ -22,9 +22,12 @@ from pydantic import ValidationError
 
 from mars_shared.contracts import PolicyVersion, WeightFile, WeightManifest
 from mars_shared.errors import IntegrityError
+from mars_shared.faults import fault
 from mars_shared.files import fsync_path, write_atomic
 
 MANIFEST = "manifest.json"
+COMPLAINT = "complaint"
+"""Holds the id of a snapshot that a reader could not verify."""
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -86,12 +89,35 @@ class WeightsStore:
         write_atomic(staged / MANIFEST, content)
         target = self.folder(manifest)
         if target.exists():
-            shutil.rmtree(staged)
-        else:
-            os.rename(staged, target)
+            # A damaged one; whoever reads it meanwhile finds it missing, as damaged as before.
+            os.rename(target, staged.with_name(f"{staged.name}-damaged"))
+        os.rename(staged, target)
         fsync_path(self._root)
+        self.sweep()
+        (self._root / COMPLAINT).unlink(missing_ok=True)
+        fault("trainer.before_announce")
         write_atomic(self._root / "HEAD", content)
         return manifest
+
+    def complain(self, manifest: WeightManifest) -> None:
+        """Tell the writer that a version's files don't verify; it looks at `is_damaged`."""
+        write_atomic(self._root / COMPLAINT, manifest.weights_id.encode(), durable=False)
+
+    def is_damaged(self) -> bool:
+        """Whether a reader complained about HEAD, and rightly."""
+        head = self.head()
+        try:
+            complaint = (self._root / COMPLAINT).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return False
+        if head is None or complaint != head.weights_id:
+            return False
+        try:
+            self.verify(head)
+        except IntegrityError:
+            return True
+        (self._root / COMPLAINT).unlink(missing_ok=True)
+        return False
 
     def folder(self, manifest: WeightManifest) -> Path:
         """Where a version's files are, verified or not."""

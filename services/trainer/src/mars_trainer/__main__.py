@@ -15,6 +15,7 @@ from pathlib import Path
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import PolicyVersion, Purpose
 from mars_shared.errors import ConfigError, MarsError
+from mars_shared.faults import arm
 from mars_shared.http import HttpServer, bind
 from mars_shared.model_folder import check_model_folder
 from mars_shared.queue import Queue
@@ -46,6 +47,7 @@ def main() -> int:
     configure_logging("trainer")
     try:
         recipe, deployment = load_recipe(arguments.recipe), load_deployment()
+        arm(recipe.run.dir)
         with only_trainer(recipe.run.dir):
             done = asyncio.run(serve(recipe, deployment, arguments.port, arguments.mode))
     except MarsError as error:
@@ -128,10 +130,10 @@ def build_run(recipe: Recipe, queue: Queue, data: RunData) -> TrainingRun:
         logger.info("going on from step %d as incarnation %d", version.step, incarnation)
     prompts = PromptMaker(recipe, blobs)
     events = EventLog(recipe.run.dir / "events.jsonl")
-    bound = 4 * recipe.train.prompts_per_step + 256
+    bound = 4 * (recipe.train.max_staleness + 1) * recipe.train.prompts_per_step + 256
 
     def exchange(purpose: Purpose) -> Exchange:
-        return Exchange(queue, recipe.run.name, purpose, issuer=str(incarnation), bound=bound)
+        return Exchange(queue, recipe.run.name, purpose, incarnation=incarnation, bound=bound)
 
     return TrainingRun(
         recipe=recipe,
@@ -146,6 +148,7 @@ def build_run(recipe: Recipe, queue: Queue, data: RunData) -> TrainingRun:
         samples=SampleLog(recipe.run.dir / "groups.jsonl"),
         evaluations=recipe.run.dir / "evaluations",
         ledger=ledger,
+        restored_from=newest.ledger.version if newest else None,
         progress=Progress(
             run=recipe.run.name,
             steps=recipe.train.steps,

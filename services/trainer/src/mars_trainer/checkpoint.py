@@ -22,14 +22,16 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mars_shared.contracts import Message, PolicyVersion, WeightFile
+from mars_shared.contracts import Message, PolicyVersion, Prompt, WeightFile
 from mars_shared.errors import CheckpointError, IntegrityError
+from mars_shared.faults import fault
 from mars_shared.files import fsync_path, write_atomic
 from mars_shared.weights import describe_file
 
 logger = logging.getLogger(__name__)
 
 _HASHES = "hashes.json"
+_ASIDE = "aside-"
 _NAMES = {"model.safetensors", "optimizer.safetensors", "state.json"}
 _FILES = TypeAdapter(tuple[WeightFile, ...])
 
@@ -44,6 +46,7 @@ class Ledger(Message):
     consumed: tuple[tuple[int, ...], ...] = Field(description="dispatch indices trained on, step by step, in order")
     filtered: tuple[int, ...] = Field(default=(), description="dispatch indices whose groups had no signal")
     dead: tuple[int, ...] = Field(default=(), description="dispatch indices that were dead-lettered")
+    dispatched: tuple[Prompt, ...] = Field(default=(), description="prompts asked and not trained on, in dispatch order")
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,7 @@ class CheckpointStore:
         self._root = root
         self._keep = keep
         root.mkdir(parents=True, exist_ok=True)
-        for cut_off in root.glob(".staged-*"):
-            shutil.rmtree(cut_off)
+        self._clean_up()
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write durably under step_N: staged, synced, then renamed. Older ones beyond `keep` go."""
@@ -77,42 +79,58 @@ class CheckpointStore:
             fsync_path(file)
         write_atomic(staged / _HASHES, _FILES.dump_json(tuple(describe_file(file) for file in files)))
         target = self._root / f"step_{checkpoint.ledger.version.step}"
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(staged, target)
-        fsync_path(self._root)
+        fault("trainer.before_commit")
+        self._put_in_place(staged, target)
         for old in list(self._newest_first())[self._keep :]:
             if old != target:
                 shutil.rmtree(old)
         return target
 
+    def _put_in_place(self, staged: Path, target: Path) -> None:
+        """Rename; a checkpoint of the same step, from a lineage that ended, steps aside first and comes back if this is cut off."""
+        aside = target.with_name(f".{_ASIDE}{target.name}")
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(staged, target)
+        fsync_path(self._root)
+        if aside.exists():
+            shutil.rmtree(aside)
+
+    def _clean_up(self) -> None:
+        """After a save that was cut off."""
+        for cut_off in self._root.glob(".staged-*"):
+            shutil.rmtree(cut_off)
+        for aside in self._root.glob(f".{_ASIDE}*"):
+            target = aside.with_name(aside.name.removeprefix(f".{_ASIDE}"))
+            if target.exists():
+                shutil.rmtree(aside)
+            else:
+                os.rename(aside, target)
+
     def load_newest(self, *, run: str, model: str) -> Checkpoint | None:
-        """The newest checkpoint that verifies; damaged ones are named in the log and passed over.
+        """The newest checkpoint that verifies and is this run's; others are named in the log and passed over.
 
         Raises:
-            CheckpointError: a whole checkpoint belongs to another run or model, or there are only damaged ones.
+            CheckpointError: there are checkpoints, and none can be used.
         """
-        damaged: list[str] = []
+        refused: list[tuple[Path, str]] = []
         for folder in list(self._newest_first()):
             try:
                 checkpoint = load_checkpoint(folder)
-            except IntegrityError as error:
+                _check_belongs(checkpoint.ledger, folder, run=run, model=model)
+            except (IntegrityError, CheckpointError) as error:
                 logger.error("checkpoint refused, the one before it is tried: %s", error)
-                damaged.append(str(error))
+                refused.append((folder, str(error)))
                 continue
-            _check_belongs(checkpoint.ledger, folder, run=run, model=model)
-            for refused in self._newer_than(folder):
-                os.rename(refused, refused.with_name(f"damaged-{refused.name}-{uuid4().hex[:8]}"))
+            for other, _ in refused:
+                os.rename(other, other.with_name(f"refused-{other.name}-{uuid4().hex[:8]}"))
             return checkpoint
-        if damaged:
+        if refused:
             raise CheckpointError(
-                f"no checkpoint in {self._root} is whole, the newest says: {damaged[0]}; "
+                f"no checkpoint in {self._root} can be used, the newest says: {refused[0][1]}; "
                 "remove the folder to begin the run anew, or choose another run.dir"
             )
         return None
-
-    def _newer_than(self, folder: Path) -> list[Path]:
-        return [other for other in self._newest_first() if int(other.name[5:]) > int(folder.name[5:])]
 
     def _newest_first(self) -> Iterator[Path]:
         folders = [path for path in self._root.glob("step_*") if path.name[5:].isdigit()]

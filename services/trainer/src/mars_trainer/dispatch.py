@@ -51,7 +51,13 @@ class PromptMaker:
     def training(self, sample: Sample, *, epoch: int, dispatch_index: int, version: PolicyVersion) -> Prompt:
         """The prompt of a training group."""
         spec = self._recipe.rollout.spec(self._recipe.run.seed)
-        return self._prompt(sample, Purpose.TRAIN, f"train-{dispatch_index:08d}", spec, epoch, dispatch_index, version)
+        return self._prompt(sample, Purpose.TRAIN, _training_task(dispatch_index), spec, epoch, dispatch_index, version)
+
+    def again(self, prompt: Prompt, *, dispatch_index: int, version: PolicyVersion) -> Prompt:
+        """A training prompt that died before, as the prompt of another dispatch index; its images are where they were."""
+        return prompt.model_copy(
+            update={"task_id": _training_task(dispatch_index), "dispatch_index": dispatch_index, "policy_version": version}
+        )
 
     def evaluation(self, sample: Sample, *, row: int, version: PolicyVersion) -> Prompt:
         """The prompt of an evaluation group: one greedy completion of each kind and source."""
@@ -91,8 +97,12 @@ class PromptMaker:
             box_frame=self._box_frame,
             sampling=spec,
             policy_version=version,
-            max_staleness=self._recipe.train.max_staleness,
+            max_staleness=self._recipe.train.max_staleness if purpose is Purpose.TRAIN else 0,
         )
+
+
+def _training_task(dispatch_index: int) -> str:
+    return f"train-{dispatch_index:08d}"
 
 
 def _media_type(sample: Sample, name: str, data: bytes) -> str:

@@ -18,11 +18,10 @@ from pydantic import BaseModel, ConfigDict
 from mars_shared.contracts import Kind, PolicyVersion, Prompt, ReleasedEval, Score, ScoredGroup
 from mars_shared.errors import InputError
 from mars_shared.files import write_atomic
-from mars_shared.queue import DeadLetter
 from mars_trainer.algorithm.bootstrap import Interval, mean_interval
 from mars_trainer.datasets import HeldOut
 from mars_trainer.dispatch import PromptMaker
-from mars_trainer.exchange import Answer, Exchange
+from mars_trainer.exchange import Answer, Death, Exchange
 
 EvaluationKind = Literal["evaluation", "evaluated"]
 """Of a run on its way, or by `mars eval`, which changes nothing of the run: the event's name."""
@@ -185,11 +184,11 @@ async def evaluate(
             dataset_of[prompt.task_id] = name
             yield prompt
 
-    def skip(prompt: Prompt, letter: DeadLetter) -> None:
-        on_dead(f"{prompt.prompt_id}: {letter.reason}")
+    def skip(death: Death) -> None:
+        on_dead(f"{death.prompt.prompt_id}: {death.letter.reason}")
 
-    answers = await exchange.gather(await asyncio.to_thread(list, prompts()), replace=skip)
-    await exchange.acknowledge(answers)
+    answers = await exchange.gather(await asyncio.to_thread(list, prompts()), on_death=skip)
+    await exchange.acknowledge([answer.claim for answer in answers])
     return [result_of(answer.scored, dataset_of[answer.scored.group.group_id]) for answer in answers], answers
 
 

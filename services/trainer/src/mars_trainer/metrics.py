@@ -72,6 +72,21 @@ def _lengths(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     }
 
 
+def staleness_metrics(groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+    """By how many steps the policy at `step` is ahead of the policies that sampled the multi-source tokens it trains on."""
+    lags = [
+        (step - span.version.step, span.end - span.start)
+        for scored in groups
+        for completion in scored.group.completions
+        if completion.kind is Kind.MULTI
+        for span in completion.spans
+    ]
+    tokens = sum(count for _, count in lags)
+    if not tokens:
+        return {}
+    return {"staleness/mean": sum(lag * count for lag, count in lags) / tokens, "staleness/max": float(max(lags)[0])}
+
+
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics as they are.
 

@@ -43,3 +43,7 @@ class Publisher:
         )
         self._store.prune(self._recipe.train.keep_snapshots)
         return manifest
+
+    def is_damaged(self) -> bool:
+        """Whether a replica found the announced snapshot damaged, and it is: publishing it again mends it."""
+        return self._store.is_damaged()

@@ -24,7 +24,7 @@ from mars_trainer.agreement import Facts, ViewFacts, bounds_of, differences, log
 from mars_trainer.batching import EncodedPrompt, merged_patches
 from mars_trainer.datasets import Sample
 from mars_trainer.dispatch import PromptMaker, place_of
-from mars_trainer.exchange import Exchange
+from mars_trainer.exchange import Death, Exchange
 from mars_trainer.learner import Learner, members_of
 
 SAMPLES_TRIED = 3
@@ -92,12 +92,13 @@ class SelfTest:
     async def _ask(self, prompt: Prompt) -> RolloutGroup | DeadLetter:
         letters: list[DeadLetter] = []
 
-        def note(dead: Prompt, letter: DeadLetter) -> None:
+        def note(death: Death) -> None:
+            dead, letter = death.prompt, death.letter
             letters.append(letter)
             self.events.write("dead", task_id=dead.task_id, prompt_id=dead.prompt_id, reason=f"{letter.reason}: {letter.detail}")
 
-        answers = await self.exchange.gather([prompt], replace=note)
-        await self.exchange.acknowledge(answers)
+        answers = await self.exchange.gather([prompt], on_death=note)
+        await self.exchange.acknowledge([answer.claim for answer in answers])
         return answers[0].scored.group if answers else letters[0]
 
 
