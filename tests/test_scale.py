@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from command_line import CommandLine, Done, command_line
 from mars_shared import cli_scale
 from mars_shared import supervisor as supervisor_module
 from mars_shared.cli_scale import _replicas_of, _wait_settled
@@ -24,6 +25,7 @@ from mars_shared.supervisor import Service
 from process_stage import NOTES_ITS_END, SLEEP, STUBBORN, is_alive, wait_until
 from process_stage import Stage as Processes
 
+__all__ = ["command_line"]
 BROKEN = "print('out of memory'); raise SystemExit(1)"
 
 
@@ -69,15 +71,6 @@ class Run:
         request = self.ask(replicas)
         self.until(lambda: self.state["settled_request"] == request.id)
 
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run `mars ARGUMENTS` beside the polling stack."""
-        command = [sys.executable, "-m", "mars_shared.cli", *arguments]
-        environment = os.environ | {"COLUMNS": "200"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        self.until(lambda: process.poll() is not None)
-        out, err = process.communicate()
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
-
     @property
     def state(self) -> dict[str, Any]:
         return json.loads((self.folder / "stack.json").read_text())
@@ -110,9 +103,15 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     run.supervisor.stop()
 
 
-def test_mars_scale_adds_the_missing_replicas_on_the_next_ports(run: Run) -> None:
+@pytest.fixture
+def command(run: Run, command_line: CommandLine) -> Callable[..., Done]:
+    """Runs `mars ARGUMENTS` beside the polling stack."""
+    return partial(command_line, meanwhile=run.stack.poll)
+
+
+def test_mars_scale_adds_the_missing_replicas_on_the_next_ports(run: Run, command: Callable[..., Done]) -> None:
     before = run.state["pids"]
-    done = run.command("scale", "rollout=4", str(run.folder))
+    done = command("scale", "rollout=4", str(run.folder))
     assert done.returncode == 0, done.stderr
     assert "scaled has 4 rollout replica(s): started rollout-2, rollout-3" in done.stdout
     base = run.ports.base
@@ -121,11 +120,11 @@ def test_mars_scale_adds_the_missing_replicas_on_the_next_ports(run: Run) -> Non
     assert {name: run.state["pids"][name] for name in before} == before, "the others were left alone"
 
 
-def test_mars_scale_ends_the_last_replicas_politely(run: Run) -> None:
+def test_mars_scale_ends_the_last_replicas_politely(run: Run, command: Callable[..., Done]) -> None:
     run.settle(4)
     run.until(lambda: "up" in run.log(2) and "up" in run.log(3))
     pids = run.state["pids"]
-    done = run.command("scale", "rollout=1", str(run.folder))
+    done = command("scale", "rollout=1", str(run.folder))
     assert done.returncode == 0, done.stderr
     assert "scaled has 1 rollout replica(s): ended rollout-1, rollout-2, rollout-3" in done.stdout
     assert sorted(run.ends.read_text().split()) == ["rollout-1", "rollout-2", "rollout-3"]
@@ -133,9 +132,9 @@ def test_mars_scale_ends_the_last_replicas_politely(run: Run) -> None:
     assert run.state["pids"] == {"reward": pids["reward"], "rollout-0": pids["rollout-0"]}
 
 
-def test_asking_for_what_there_is_changes_nothing_and_says_so(run: Run) -> None:
+def test_asking_for_what_there_is_changes_nothing_and_says_so(run: Run, command: Callable[..., Done]) -> None:
     pids = run.state["pids"]
-    done = run.command("scale", "rollout=2", str(run.folder))
+    done = command("scale", "rollout=2", str(run.folder))
     assert (done.returncode, run.state["pids"]) == (0, pids)
     assert "scaled has 2 rollout replica(s): nothing to do" in done.stdout
 
@@ -195,11 +194,11 @@ def test_a_scaled_up_replica_that_cannot_start_is_given_up_and_the_run_goes_on(r
     assert list(run.state["replicas"]) == ["rollout-0", "rollout-1", "rollout-2"] and run.state["given_up"] == {}
 
 
-def test_a_taken_port_is_said_and_the_run_goes_on(run: Run) -> None:
+def test_a_taken_port_is_said_and_the_run_goes_on(run: Run, command: Callable[..., Done]) -> None:
     port = run.ports.rollout(2)
     listener = bind("127.0.0.1", port)
     try:
-        done = run.command("scale", "rollout=4", str(run.folder))
+        done = command("scale", "rollout=4", str(run.folder))
     finally:
         listener.close()
     assert done.returncode == 1
@@ -208,12 +207,12 @@ def test_a_taken_port_is_said_and_the_run_goes_on(run: Run) -> None:
     assert is_alive(run.state["pids"]["rollout-0"]) and is_alive(run.state["pids"]["rollout-3"])
 
 
-def test_mars_status_names_the_replicas_that_are_there_with_their_pids(run: Run) -> None:
+def test_mars_status_names_the_replicas_that_are_there_with_their_pids(run: Run, command: Callable[..., Done]) -> None:
     run.settle(3)
     os.kill(run.state["pids"]["rollout-1"], signal.SIGKILL)
     run.until(lambda: "rollout-1" not in run.state["pids"])
     run.until(lambda: "rollout-1" in run.state["pids"])
-    shown = run.command("status", str(run.folder)).stdout
+    shown = command("status", str(run.folder)).stdout
     cells = {row[0]: row[1] for line in shown.splitlines() if len(row := [cell.strip() for cell in line.split("│")[1:-1]]) == 4}
     pids = run.state["pids"]
     assert cells == {"trainer": "-", **{name: str(pid) for name, pid in pids.items()}}
@@ -256,10 +255,11 @@ def test_so_many_replicas_that_there_is_none_or_a_port_collides_are_refused(wron
     check_replicas(100)
 
 
-def test_where_nothing_runs_there_is_nothing_to_scale(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mars_shared.cli", "scale", "rollout=2"]
-    named = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-    unnamed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def test_where_nothing_runs_there_is_nothing_to_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: CommandLine
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named, unnamed = command_line("scale", "rollout=2", str(tmp_path)), command_line("scale", "rollout=2")
     assert (named.returncode, unnamed.returncode) == (2, 2)
     assert f"no stack runs in {tmp_path}" in named.stderr and "no stack runs in runs/*" in unnamed.stderr
     assert list(tmp_path.iterdir()) == []
