@@ -169,3 +169,20 @@ local found = {}
 for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do found[#found + 1] = {entry[1], entry[2][4]} end
 return found
 """
+
+REVIVE = (
+    _COMMON
+    + """
+-- KEYS dead, retries; ARGV id, payload, id, payload, ... Moves these letters to the end of `retries`, each with the payload
+-- given; all of them or none: returns the id of one that is not there, else ''.
+for i = 1, #ARGV, 2 do
+  if not redis.call('XRANGE', KEYS[1], ARGV[i], ARGV[i])[1] then return ARGV[i] end
+end
+for i = 1, #ARGV, 2 do
+  local _, key = read(KEYS[1], ARGV[i])
+  append(KEYS[2], ARGV[i + 1], key)
+  redis.call('XDEL', KEYS[1], ARGV[i])
+end
+return ''
+"""
+)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -30,7 +30,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
 from mars_shared import lua
-from mars_shared.errors import ConfigError, LeaseLostError, QueueError, QueueUnavailableError
+from mars_shared.errors import ConfigError, InputError, LeaseLostError, QueueError, QueueUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,7 @@ class Queue:
         self._put, self._claim, self._resume = script(lua.PUT), script(lua.CLAIM), script(lua.RESUME)
         self._heartbeat, self._complete, self._retry = script(lua.HEARTBEAT), script(lua.COMPLETE), script(lua.RETRY)
         self._dead_letter, self._remove, self._outstanding = script(lua.DEAD_LETTER), script(lua.REMOVE), script(lua.OUTSTANDING)
+        self._revive = script(lua.REVIVE)
 
     async def ping(self) -> None:
         """Return if Redis answers."""
@@ -292,8 +293,8 @@ class Queue:
         await self._fenced(self._dead_letter, claim, keys, reason, detail)
         logger.error("%s, attempt %d, given up: %s: %s", claim, claim.attempt, reason, detail)
 
-    async def dead(self, run: str, limit: int = 100) -> list[DeadLetter]:
-        """The run's last dead letters, latest first; depth(Streams(run).dead) counts all."""
+    async def dead(self, run: str, limit: int | None = 100) -> list[DeadLetter]:
+        """The run's last dead letters (None: all), latest first; depth(Streams(run).dead) counts all."""
         with self._errors():
             entries = await self._redis.xrevrange(Streams(run).dead, count=limit)
         return [_dead_letter(entry_id, fields) for entry_id, fields in entries]
@@ -330,6 +331,37 @@ class Queue:
         """Remove all entries, claimed or not. Their dedupe keys stay: put again under others."""
         with self._errors():
             await self._redis.delete(stream, _errors_of(stream))
+
+    async def letters(self, run: str, entry_ids: Iterable[str]) -> list[DeadLetter]:
+        """The dead letters of these ids, in that order.
+
+        Raises:
+            InputError: there is none of an id.
+        """
+        stream, found = Streams(run).dead, []
+        for entry_id in entry_ids:
+            with self._errors():
+                entries = await self._redis.xrange(stream, min=entry_id, max=entry_id)
+            if not entries:
+                raise InputError(_no_letter(entry_id, stream))
+            found.append(_dead_letter(*entries[0]))
+        return found
+
+    async def revive(self, run: str, payloads: Mapping[str, bytes]) -> None:
+        """Move dead letters to the run's stream of retries, in one atomic step.
+
+        Args:
+            payloads: what to put there, by the letter's entry id.
+
+        Raises:
+            InputError: one of the letters is gone; nothing was changed.
+        """
+        streams = Streams(run)
+        arguments = [part for pair in payloads.items() for part in pair]
+        with self._errors():
+            missing = await self._revive([streams.dead, streams.retries], arguments)
+        if missing:
+            raise InputError(_no_letter(missing.decode(), streams.dead))
 
     async def _fenced(self, script: Any, claim: Claim, keys: list[str], *arguments: bytes | str | None) -> int:
         with self._errors():
@@ -389,6 +421,10 @@ def _heed_cancellation() -> None:
 def _claim(stream: str, consumer: str, found: list[Any]) -> Claim:
     entry_id, payload, attempt, errors = found
     return Claim(stream, entry_id.decode(), consumer, attempt, payload, errors)
+
+
+def _no_letter(entry_id: str, stream: str) -> str:
+    return f"no dead letter {entry_id} in {stream}; `mars dead list` shows those that are there"
 
 
 def _dead_letter(entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:
