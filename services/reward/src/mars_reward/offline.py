@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 0 < options.time_limit < math.inf:
             raise ConfigError(f"--time-limit {options.time_limit}: expected seconds above 0")
         with offered(options.recipe, time_limit_s=options.time_limit):
-            unscored = _score_rows(options.rows, options.recipe, released_eval=options.released_eval)
+            rows, unscored = _score_rows(options.rows, options.recipe, released_eval=options.released_eval)
         if unscored:
-            raise RewardError(f"{unscored} row(s) of {options.rows} have no score; their field error says why")
+            raise RewardError(f"{unscored} of {rows} rows of {options.rows} have no score; their field error says why")
     except MarsError as error:
         sys.stdout.flush()
         sys.stderr.write(f"mars: {error}\n")
@@ -56,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _score_rows(path: Path, recipe: str, *, released_eval: bool) -> int:
-    """Write every row with its scores to stdout; returns how many have none."""
-    unscored = 0
+def _score_rows(path: Path, recipe: str, *, released_eval: bool) -> tuple[int, int]:
+    """Write every row with its scores to stdout; returns how many rows there are and how many have no score."""
+    rows = unscored = 0
     for row in read_rows(path):
         scored = row.scored(recipe, released_eval=released_eval)
-        unscored += scored["score"] is None
+        rows, unscored = rows + 1, unscored + (scored["score"] is None)
         sys.stdout.write(json.dumps(scored, ensure_ascii=False) + "\n")
-    return unscored
+    return rows, unscored
 
 
 class Row:
