@@ -13,6 +13,7 @@ import pytest
 
 from mars_reward import custom, worker
 from mars_reward.app import build_app
+from mars_reward.offline import main
 from mars_reward.registry import RECIPES, Parts, offered
 from mars_reward.worker import MAX_ERRORS, MAX_ERRORS_CPU, RewardWorker
 from mars_rollout.adhoc import GroupAnswer, RewardClient
@@ -194,11 +195,6 @@ async def test_an_adhoc_group_shows_the_error_in_place_of_the_score_and_no_gain(
     assert answer.gain == gain
 
 
-def score_file(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mars_shared.cli", "score", "--recipe", SPEC, *arguments, str(path)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def write_rows(path: Path, *completions: str) -> Path:
     rows = ({"task": "vqa", "completion": text, "ground_truth": "7", "error": "of an earlier call"} for text in completions)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -207,7 +203,8 @@ def write_rows(path: Path, *completions: str) -> Path:
 
 def test_mars_score_gives_every_row_a_score_or_an_error_in_order_and_counts_the_errors(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", "fine", "raise", "loop", "nan", "good")
-    done = score_file(file, "--time-limit", "0.5")
+    command = [sys.executable, "-m", "mars_shared.cli", "score", "--recipe", SPEC, "--time-limit", "0.5", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["completion"], row["score"]) for row in rows] == [
         ("fine", 1.0),
@@ -227,23 +224,26 @@ def test_mars_score_gives_every_row_a_score_or_an_error_in_order_and_counts_the_
     assert done.stderr == f"mars: 3 of 5 rows of {file} have no score; their field error says why\n"
 
 
-def test_mars_score_ends_with_0_when_a_reward_of_ones_own_scored_all_rows(tmp_path: Path) -> None:
-    done = score_file(write_rows(tmp_path / "rows.jsonl", "fine", "good"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [json.loads(line)["score"] for line in done.stdout.splitlines()] == [1.0, 1.0]
+def test_mars_score_ends_with_0_when_a_reward_of_ones_own_scored_all_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--recipe", SPEC, str(write_rows(tmp_path / "rows.jsonl", "fine", "good"))]) == 0
+    said = capsys.readouterr()
+    assert [json.loads(line)["score"] for line in said.out.splitlines()] == [1.0, 1.0]
+    assert said.err == "" and SPEC not in RECIPES
 
 
-def test_mars_score_hands_a_rows_question_to_a_reward_of_ones_own(tmp_path: Path) -> None:
+def test_mars_score_hands_a_rows_question_to_a_reward_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = tmp_path / "asks.py"
     module.write_text("def asked(completion, truth, *, question):\n    return len(question or '')\n")
     file = tmp_path / "rows.jsonl"
     row = {"task": "vqa", "completion": "x", "ground_truth": "7"}
     file.write_text(f"{json.dumps(row | {'question': 'Which?'})}\n{json.dumps(row)}\n")
-    done = score_file(file, "--recipe", f"{module}:asked")
-    assert [json.loads(line)["score"] for line in done.stdout.splitlines()] == [6.0, 0.0]
+    assert main(["--recipe", f"{module}:asked", str(file)]) == 0
+    assert [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()] == [6.0, 0.0]
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf"])
-def test_mars_score_refuses_a_time_limit_that_is_none(tmp_path: Path, limit: str) -> None:
-    done = score_file(write_rows(tmp_path / "rows.jsonl", "fine"), f"--time-limit={limit}")
-    assert done.returncode == 2 and "expected seconds above 0" in done.stderr
+def test_mars_score_refuses_a_time_limit_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str) -> None:
+    assert main([f"--time-limit={limit}", str(write_rows(tmp_path / "rows.jsonl", "fine"))]) == 2
+    assert "expected seconds above 0" in capsys.readouterr().err

@@ -116,6 +116,7 @@ class RewardWorker:
         """
         held: list[Claim] | None = None
         pause_s = FIRST_PAUSE_S
+        ended = asyncio.Event()  # not `stop`: what is handed back before the last claim may be in it, without its pause
         async with asyncio.TaskGroup() as waiting:
             while not stop.is_set():
                 try:
@@ -124,13 +125,14 @@ class RewardWorker:
                     claim = held.pop(0) if held else await self._next()
                     problem = await self._handle(claim) if claim is not None else None
                     if claim is not None and problem is not None:
-                        waiting.create_task(self._hand_back(claim, problem, stop))
+                        waiting.create_task(self._hand_back(claim, problem, ended))
                     self.problem, pause_s = None, FIRST_PAUSE_S
                 except QueueError as error:
                     self.problem, held = str(error), None
                     logger.warning("waiting %.1f s: %s", pause_s, error)
                     await _wait(stop, pause_s)
                     pause_s = longer(pause_s)
+            ended.set()
 
     async def _next(self) -> Claim | None:
         return await self._queue.claim(self._streams.rollouts, self._consumer, wait_s=LOOK_S)
@@ -173,11 +175,11 @@ class RewardWorker:
         await self._queue.dead_letter(claim, reason, detail)
         GROUPS.labels(outcome="dead_letter").inc()
 
-    async def _hand_back(self, claim: Claim, problem: str, stop: asyncio.Event) -> None:
-        """Keep the lease for a pause, then report the error."""
+    async def _hand_back(self, claim: Claim, problem: str, ended: asyncio.Event) -> None:
+        """Keep the lease for a pause, which the worker's end cuts short, then report the error."""
         try:
             async with self._queue.keep(claim):
-                await _wait(stop, RETRY_PAUSES_S[claim.errors])
+                await _wait(ended, RETRY_PAUSES_S[claim.errors])
                 await self._queue.retry(claim, problem)
             GROUPS.labels(outcome="retry").inc()
         except LeaseLostError as error:
