@@ -155,7 +155,7 @@ def with_workers(url: str, scenario: Callable[[Queue], Awaitable[Any]], *, recip
     async def run() -> Any:
         stop = asyncio.Event()
         queues = [Queue(url, lease_s=2.0) for _ in range(workers + 1)]
-        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(180), asyncio.TaskGroup() as tasks:
             for index in range(workers):
                 worker = RewardWorker(queues[index], STREAMS, f"reward-{index}", recipe=recipe)
                 tasks.create_task(worker.run(stop))
