@@ -158,7 +158,7 @@ def test_every_training_metric_is_documented_and_the_other_way_round() -> None:
     totals: Any = dict.fromkeys(("loss", "kl", "entropy", "clip_low", "clip_high", "clip_dual", "grad_norm", "tokens"), 1.0)
     totals |= {"sampler_difference": 1.0, "sampler_difference_max": 1.0}
     found = set(rollout_metrics([scored], credits) | learner_metrics(totals, updates=1, learning_rate=1.0))
-    found |= set(Batch(wanted=1, filters=False).metrics)
+    found |= set(Batch(wanted=1, kept=(), dropped=()).metrics) | set(staleness_metrics([with_spans(scored)], 3))
     named = {re.sub(r"^gain/.*", "gain/<source>", re.sub(r"^reward/.*", "reward/<part>", name)) for name in found}
     metrics = (ROOT / "docs/metrics.md").read_text(encoding="utf-8").partition("## Event log")[0]
     assert set(re.findall(r"^\| `([^`]+)`", metrics, re.M)) == named

@@ -135,7 +135,7 @@ def sft(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def score(context: typer.Context) -> None:
-    """Score completions offline: mars score --recipe paper|released [--released-eval] ROWS.jsonl (JSON lines to stdout)."""
+    """Score completions offline: mars score --recipe paper|released|FILE:FUNCTION [--released-eval] ROWS.jsonl (JSON lines to stdout)."""
     _module("mars_reward.offline", *context.args)
 
 
@@ -275,12 +275,17 @@ def _print_rollouts(answer: dict[str, Any]) -> None:
     for index, completion in enumerate(group["completions"]):
         row = [completion["kind"], completion["source"] or "all", completion["text"]]
         if scored:
-            parts = "  ".join(f"{name} {value:.2f}" for name, value in scores[index]["parts"].items())
-            row += [f"{scores[index]['reward']:.3f}", parts]
+            row += _reward_cells(scores[index])
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
     if answer.get("gain") is not None:
         console.print(f"gain (mean multi-source minus mean mono-source reward): {answer['gain']:+.3f}")
+
+
+def _reward_cells(score: dict[str, Any]) -> list[str]:
+    if "error" in score:
+        return ["none", score["error"]]
+    return [f"{score['reward']:.3f}", "  ".join(f"{name} {value:.2f}" for name, value in score["parts"].items())]
 
 
 if __name__ == "__main__":
