@@ -219,6 +219,58 @@ async def test_a_death_counts_as_an_attempt_and_not_as_an_error(queue: Queue, st
     assert (second.attempt, second.errors) == (2, 0)
 
 
+async def test_an_item_handed_back_is_claimable_at_once_and_counts_as_neither_error_nor_death(
+    queue: Queue, streams: Streams
+) -> None:
+    await put(queue, streams.prompts, "a")
+    first = await claim(queue, streams.prompts, "w1")
+    await queue.hand_back(first)
+    with pytest.raises(LeaseLostError):
+        await queue.hand_back(first)
+    second = await claim(queue, streams.prompts, "w2")
+    assert (second.entry_id, second.attempt, second.errors, second.handed_back) == (first.entry_id, 2, 0, 1)
+    assert second.deaths == 0
+    await queue.retry(second, "no luck")
+    await claim(queue, streams.prompts, "w3")
+    (fourth,) = await queue.resume(streams.prompts, "w3")
+    # Four attempts: one handed back, one error, one death, and this one.
+    assert (fourth.attempt, fourth.errors, fourth.handed_back, fourth.deaths) == (4, 1, 1, 1)
+
+
+async def test_lone_deaths_are_the_lone_attempts_that_ended_without_a_word(queue: Queue, streams: Streams) -> None:
+    await put(queue, streams.prompts, "a")
+    held = await claim(queue, streams.prompts, "w")
+    await queue.begin_alone(held)
+    await queue.begin_alone(held)
+    (held,) = await queue.resume(streams.prompts, "w")
+    assert (held.deaths, held.lone_deaths) == (1, 1)
+    (held,) = await queue.resume(streams.prompts, "w")
+    assert (held.deaths, held.lone_deaths) == (2, 1), "that attempt was not a lone one"
+    await queue.begin_alone(held)
+    await queue.hand_back(held)
+    held = await claim(queue, streams.prompts, "w")
+    assert (held.deaths, held.lone_deaths) == (2, 1), "handed back: it ended with a word"
+    await queue.begin_alone(held)
+    await queue.retry(held, "no luck")
+    held = await claim(queue, streams.prompts, "w")
+    assert (held.deaths, held.lone_deaths) == (2, 1), "an error: it ended with a word"
+    await queue.retry(held, "no luck either")
+    held = await claim(queue, streams.prompts, "w")
+    assert (held.attempt, held.deaths, held.lone_deaths) == (6, 2, 1), "an attempt that was no lone one takes none off"
+
+
+async def test_a_late_consumer_begins_nothing_and_hands_nothing_back(queue: Queue, streams: Streams) -> None:
+    await put(queue, streams.prompts, "a")
+    late = await claim(queue, streams.prompts, "w")
+    (current,) = await queue.resume(streams.prompts, "w")
+    for say in (queue.begin_alone, queue.hand_back):
+        with pytest.raises(LeaseLostError):
+            await say(late)
+    await queue.heartbeat(current)
+    (again,) = await queue.resume(streams.prompts, "w")
+    assert (again.handed_back, again.lone_deaths) == (0, 0)
+
+
 async def test_a_returned_item_is_claimable_whatever_the_lease(valkey: EmbeddedValkey, streams: Streams) -> None:
     queue = Queue(valkey.url, lease_s=math.inf)
     await put(queue, streams.prompts, "a")
@@ -229,10 +281,33 @@ async def test_a_returned_item_is_claimable_whatever_the_lease(valkey: EmbeddedV
     await queue.close()
 
 
-async def test_error_counts_end_with_their_item(queue: Queue, streams: Streams, server: redis.Redis) -> None:
+@pytest.mark.parametrize("end", ["complete", "acknowledge", "remove", "dead_letter", "deleted"])
+async def test_counts_of_attempts_end_with_their_item(queue: Queue, streams: Streams, server: redis.Redis, end: str) -> None:
     await put(queue, streams.prompts, "a")
     await queue.retry(await claim(queue, streams.prompts, "w"), "e")
-    await queue.complete(await claim(queue, streams.prompts, "w"))
+    await queue.hand_back(await claim(queue, streams.prompts, "w"))
+    for _ in range(2):
+        held = await claim(queue, streams.prompts, "w")
+        await queue.begin_alone(held)
+        (held,) = await queue.resume(streams.prompts, "w")
+        await queue.retry(held, "e")
+    held = await claim(queue, streams.prompts, "w")
+    await queue.begin_alone(held)
+    counts = {"": "3", ":handed_back": "1", ":alone": "3", ":alone_attempt": str(held.attempt)}
+    assert server.hgetall(f"{streams.prompts}:errors") == {
+        f"{held.entry_id}{field}".encode(): count.encode() for field, count in counts.items()
+    }
+    if end == "complete":
+        await queue.complete(held)
+    elif end == "acknowledge":
+        await queue.acknowledge([held])
+    elif end == "remove":
+        await queue.remove(streams.prompts, [held.entry_id])
+    elif end == "dead_letter":
+        await queue.dead_letter(held, "r", "d")
+    else:
+        server.xdel(streams.prompts, held.entry_id)
+        await queue.resume(streams.prompts, "w")
     assert server.exists(f"{streams.prompts}:errors") == 0
 
 
@@ -361,7 +436,10 @@ async def test_a_full_memory_is_back_pressure_and_drains(queue: Queue, streams: 
         await queue.complete(await claim(queue, streams.prompts, "w"), forward=streams.rollouts, payload=b"group")
         await queue.complete(await claim(queue, streams.rollouts, "r"))
         assert await queue.retry(await claim(queue, streams.prompts, "w"), "e") == 1
-        await queue.dead_letter(await claim(queue, streams.prompts, "w"), "r", "d")
+        await queue.hand_back(await claim(queue, streams.prompts, "w"))
+        suspect = await claim(queue, streams.prompts, "w")
+        await queue.begin_alone(suspect)
+        await queue.dead_letter(suspect, "r", "d")
         assert await queue.claim(streams.scored("new"), "w", wait_s=0) is None
     finally:
         server.config_set("maxmemory", 0)

@@ -80,8 +80,9 @@ class Streams:
 class Claim:
     """An entry this consumer holds. `attempt` counts deliveries from 1 and fences the claim.
 
-    `errors` counts what consumers reported through `retry`; the other attempts - 1 ended
-    without a word (a death, a lost lease).
+    `errors` counts what consumers reported through `retry`, `handed_back` what they gave back
+    unfinished; `deaths` are the earlier attempts that ended without a word (a killed consumer, a
+    lost lease), `lone_deaths` those of them that had `begin_alone`.
     """
 
     stream: str
@@ -90,6 +91,12 @@ class Claim:
     attempt: int
     payload: bytes = field(repr=False)
     errors: int = 0
+    handed_back: int = 0
+    lone_deaths: int = 0
+
+    @property
+    def deaths(self) -> int:
+        return self.attempt - 1 - self.errors - self.handed_back
 
     def __str__(self) -> str:
         return f"{self.stream} entry {self.entry_id}"
@@ -141,6 +148,7 @@ class Queue:
         script = self._redis.register_script
         self._put, self._claim, self._resume = script(lua.PUT), script(lua.CLAIM), script(lua.RESUME)
         self._heartbeat, self._complete, self._retry = script(lua.HEARTBEAT), script(lua.COMPLETE), script(lua.RETRY)
+        self._hand_back, self._begin_alone = script(lua.HAND_BACK), script(lua.BEGIN_ALONE)
         self._dead_letter, self._remove, self._outstanding = script(lua.DEAD_LETTER), script(lua.REMOVE), script(lua.OUTSTANDING)
 
     async def ping(self) -> None:
@@ -201,7 +209,7 @@ class Queue:
 
         When the lease is lost the body is cancelled and LeaseLostError raised in its place. While
         Redis does not answer the body goes on: fencing decides later whether its result counts.
-        The body may end the claim itself (complete, retry, dead_letter).
+        The body may end the claim itself (complete, retry, hand_back, dead_letter).
         """
         failures: list[QueueError] = []
         try:
@@ -270,6 +278,19 @@ class Queue:
         errors = await self._fenced(self._retry, claim, [claim.stream, _errors_of(claim.stream)])
         logger.warning("%s, attempt %d, error %d: %s", claim, claim.attempt, errors, error)
         return errors
+
+    async def hand_back(self, claim: Claim) -> None:
+        """End the claim unfinished, through no fault of the entry's: claimable by anyone at once, neither error nor death."""
+        self._stop_beats(claim)
+        times = await self._fenced(self._hand_back, claim, [claim.stream, _errors_of(claim.stream)])
+        logger.info("%s, attempt %d, handed back for the %d. time", claim, claim.attempt, times)
+
+    async def begin_alone(self, claim: Claim) -> None:
+        """Record that the consumer begins this attempt with nothing else in its hands.
+
+        If it ends without a word, later claims count it in `lone_deaths`: only then is the entry the suspect.
+        """
+        await self._fenced(self._begin_alone, claim, [claim.stream, _errors_of(claim.stream)])
 
     async def dead_letter(self, claim: Claim, reason: str, detail: str) -> None:
         """Move the entry to the run's dead stream, with a short reason and its detail."""
@@ -367,8 +388,8 @@ def _heed_cancellation() -> None:
 
 
 def _claim(stream: str, consumer: str, found: list[Any]) -> Claim:
-    entry_id, payload, attempt, errors = found
-    return Claim(stream, entry_id.decode(), consumer, attempt, payload, errors)
+    entry_id, payload, attempt, errors, handed_back, lone_deaths = found
+    return Claim(stream, entry_id.decode(), consumer, attempt, payload, errors, handed_back, lone_deaths)
 
 
 def _dead_letter(entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:

@@ -138,9 +138,8 @@ class RewardWorker:
 
     async def _score(self, claim: Claim) -> str:
         """Score the entry and end the claim; returns the outcome as the metric names it."""
-        deaths = claim.attempt - 1 - claim.errors
-        if deaths >= MAX_DEATHS:
-            await self._queue.dead_letter(claim, "worker died", f"{deaths} attempts to score it ended without a word")
+        if claim.deaths >= MAX_DEATHS:
+            await self._queue.dead_letter(claim, "worker died", f"{claim.deaths} attempts to score it ended without a word")
             return "dead_letter"
         try:
             scored, payload = await asyncio.to_thread(self._judge, claim.payload)

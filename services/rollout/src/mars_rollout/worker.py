@@ -126,7 +126,6 @@ class RolloutWorker:
 
     async def _read(self, claim: Claim) -> Prompt | None:
         """The entry's prompt; None if the entry was given up."""
-        deaths = claim.attempt - 1 - claim.errors
         try:
             prompt = Prompt.model_validate_json(claim.payload)
         except ValidationError as error:
@@ -135,8 +134,8 @@ class RolloutWorker:
             await patiently(lambda: self._queue.dead_letter(claim, "unreadable", detail))
             GROUPS.labels(purpose="unknown", outcome="dead_letter").inc()
             return None
-        if deaths >= MAX_DEATHS:
-            detail = f"{deaths} attempts to make its group ended without a word"
+        if claim.deaths >= MAX_DEATHS:
+            detail = f"{claim.deaths} attempts to make its group ended without a word"
             await self._end(prompt, "dead_letter", lambda: self._queue.dead_letter(claim, "replica died", detail))
             return None
         return prompt
