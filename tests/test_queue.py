@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import redis
 
-from mars_shared.errors import ConfigError, LeaseLostError, QueueError, QueueUnavailableError
+from mars_shared.errors import ConfigError, FencedError, LeaseLostError, QueueError, QueueUnavailableError
 from mars_shared.queue import Claim, PutResult, Queue, Streams
 from mars_shared.server import EmbeddedValkey
 
@@ -107,6 +107,40 @@ async def test_a_duplicate_is_refused_even_after_the_first_was_completed(queue: 
     await queue.complete(await claim(queue, streams.prompts, "w"))
     assert await queue.put(streams.prompts, b"again", dedupe_key="a", bound=1) is PutResult.DUPLICATE
     assert await queue.put(streams.rollouts, b"a", dedupe_key="a", bound=1) is PutResult.PUT, "keys are per stream"
+
+
+async def test_puts_of_an_older_incarnation_are_refused_from_the_moment_a_newer_one_begins(
+    queue: Queue, streams: Streams
+) -> None:
+    async def offer(key: str, incarnation: int | None) -> PutResult:
+        return await queue.put(streams.prompts, b"x", dedupe_key=key, bound=3, incarnation=incarnation)
+
+    await queue.begin_incarnation(streams.run, 9)
+    assert await offer("a", 9) is PutResult.PUT
+    await queue.begin_incarnation(streams.run, 10)
+    await queue.begin_incarnation(streams.run, 10)
+    with pytest.raises(FencedError, match=f"'{streams.run}': incarnation 9 .* incarnation 10 is recorded: another trainer"):
+        await offer("a", 9)
+    with pytest.raises(FencedError, match="another trainer has taken over"):
+        await queue.begin_incarnation(streams.run, 9)
+    assert await offer("b", 10) is PutResult.PUT, "the refused ones have not set the record back"
+    assert await offer("c", None) is PutResult.PUT
+    assert list((await queue.outstanding(streams.prompts)).values()) == ["a", "b", "c"]
+    await queue.begin_incarnation(f"{streams.run}-2", 1)
+
+
+async def test_after_a_flush_the_living_incarnations_next_put_fences_again(
+    queue: Queue, streams: Streams, server: redis.Redis
+) -> None:
+    async def offer(key: str, incarnation: int) -> PutResult:
+        return await queue.put(streams.prompts, b"x", dedupe_key=key, bound=9, incarnation=incarnation)
+
+    await queue.begin_incarnation(streams.run, 2)
+    server.flushall()
+    assert await offer("late", 1) is PutResult.PUT, "nothing is left that could refuse it"
+    assert await offer("mine", 2) is PutResult.PUT
+    with pytest.raises(FencedError):
+        await offer("later", 1)
 
 
 async def test_a_dead_consumers_item_is_taken_over_after_the_lease_and_not_before(queue: Queue, streams: Streams) -> None:
@@ -431,6 +465,7 @@ async def test_a_full_memory_is_back_pressure_and_drains(queue: Queue, streams: 
     await put(queue, streams.prompts, "a", "b", "c")
     server.config_set("maxmemory", 1)
     try:
+        await queue.begin_incarnation(streams.run, 4)
         assert await queue.put(streams.prompts, b"d", dedupe_key="d", bound=10) is PutResult.FULL
         assert await queue.put(streams.scored("new"), b"d", dedupe_key="d", bound=10) is PutResult.FULL
         await queue.complete(await claim(queue, streams.prompts, "w"), forward=streams.rollouts, payload=b"group")
@@ -445,6 +480,8 @@ async def test_a_full_memory_is_back_pressure_and_drains(queue: Queue, streams: 
         server.config_set("maxmemory", 0)
     assert await queue.put(streams.prompts, b"d", dedupe_key="d", bound=10) is PutResult.PUT
     assert [await queue.depth(streams.prompts), await queue.depth(streams.dead)] == [2, 1]
+    with pytest.raises(FencedError):
+        await queue.begin_incarnation(streams.run, 3)
 
 
 async def test_many_concurrent_consumers_get_each_item_exactly_once(valkey: EmbeddedValkey, streams: Streams) -> None:

@@ -83,15 +83,28 @@ end
 PUT = (
     _COMMON
     + """
--- KEYS stream, dedupe; ARGV payload, key, bound, dedupe_s. The bound comes first: a refused item
--- must leave no trace, or its next put would be taken for a duplicate.
+-- KEYS stream, dedupe [, incarnation]; ARGV payload, key, bound, dedupe_s [, incarnation]. Returns the outcome
+-- or, to an incarnation that is older than the recorded one, that one. The bound comes before the
+-- record: a refused item must leave no trace, or its next put would be taken for a duplicate.
+local recorded = KEYS[3] and tonumber(redis.call('GET', KEYS[3]) or -1)
+if recorded and recorded > tonumber(ARGV[5]) then return recorded end
 if redis.call('EXISTS', KEYS[2]) == 1 then return 'duplicate' end
 if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[3]) then return 'full' end
 redis.call('SET', KEYS[2], '1', 'EX', ARGV[4])
+if recorded then redis.call('SET', KEYS[3], ARGV[5]) end
 append(KEYS[1], ARGV[1], ARGV[2])
 return 'put'
 """
 )
+
+BEGIN_INCARNATION = """
+-- KEYS incarnation; ARGV incarnation. Returns the newest, which is recorded. DEL comes first: a full server
+-- refuses SET as a script's first write.
+local newest = math.max(tonumber(redis.call('GET', KEYS[1]) or -1), tonumber(ARGV[1]))
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[1], newest)
+return newest
+"""
 
 CLAIM = (
     _COMMON

@@ -30,7 +30,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
 from mars_shared import lua
-from mars_shared.errors import ConfigError, LeaseLostError, QueueError, QueueUnavailableError
+from mars_shared.errors import ConfigError, FencedError, LeaseLostError, QueueError, QueueUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,11 @@ class Streams:
     @property
     def dead(self) -> str:
         return f"mars:{self.run}:dead"
+
+    @property
+    def incarnation(self) -> str:
+        """The key, no stream, that records the newest incarnation of the run's trainer."""
+        return f"mars:{self.run}:incarnation"
 
     @classmethod
     def of(cls, stream: str) -> Streams:
@@ -148,6 +153,7 @@ class Queue:
         script = self._redis.register_script
         self._put, self._claim, self._resume = script(lua.PUT), script(lua.CLAIM), script(lua.RESUME)
         self._heartbeat, self._complete, self._retry = script(lua.HEARTBEAT), script(lua.COMPLETE), script(lua.RETRY)
+        self._begin_incarnation = script(lua.BEGIN_INCARNATION)
         self._hand_back, self._begin_alone = script(lua.HAND_BACK), script(lua.BEGIN_ALONE)
         self._dead_letter, self._remove, self._outstanding = script(lua.DEAD_LETTER), script(lua.REMOVE), script(lua.OUTSTANDING)
 
@@ -160,18 +166,49 @@ class Queue:
         """Close all connections."""
         await self._redis.aclose()
 
-    async def put(self, stream: str, payload: bytes, *, dedupe_key: str, bound: int) -> PutResult:
-        """Append, unless `dedupe_key` was put within the last 7 days or `bound` entries are outstanding."""
+    async def begin_incarnation(self, run: str, incarnation: int) -> None:
+        """Record that this incarnation of the run's trainer lives; from here on puts of older ones are refused.
+
+        Raises:
+            FencedError: a newer one is recorded.
+        """
+        with self._errors():
+            newest = int(await self._begin_incarnation([Streams(run).incarnation], [incarnation]))
+        if newest > incarnation:
+            raise _fenced_off(run, incarnation, newest)
+
+    async def put(self, stream: str, payload: bytes, *, dedupe_key: str, bound: int, incarnation: int | None = None) -> PutResult:
+        """Append, unless `dedupe_key` was put within the last 7 days or `bound` entries are outstanding.
+
+        Args:
+            incarnation: of the trainer that puts; None for what no trainer's incarnation asks.
+
+        Raises:
+            FencedError: a newer incarnation is recorded.
+        """
         keys = [stream, f"{stream}:put:{dedupe_key}"]
+        arguments: list[bytes | str | int] = [payload, dedupe_key, bound, DEDUPE_S]
+        if incarnation is not None:
+            keys.append(Streams.of(stream).incarnation)
+            arguments.append(incarnation)
+        result = await self._put_unless_full(stream, keys, arguments)
+        if isinstance(result, PutResult):
+            return result
+        assert incarnation is not None
+        raise _fenced_off(Streams.of(stream).run, incarnation, result)
+
+    async def _put_unless_full(self, stream: str, keys: list[str], arguments: list[bytes | str | int]) -> PutResult | int:
+        """What became of the put, or the newer incarnation that fences it off."""
         with self._errors():
             try:
-                return PutResult((await self._put(keys, [payload, dedupe_key, bound, DEDUPE_S])).decode())
+                answer = await self._put(keys, arguments)
             except exceptions.ResponseError as error:
                 # Redis 6.2 wraps a script's error in a general one, so the class alone doesn't tell.
                 if "command not allowed when used memory > 'maxmemory'" not in str(error):
                     raise
                 logger.warning("Redis at %s is at its maxmemory; %s is treated as full", self._where, stream)
                 return PutResult.FULL
+        return answer if isinstance(answer, int) else PutResult(answer.decode())
 
     async def claim(self, stream: str, consumer: str, *, wait_s: float) -> Claim | None:
         """Take over the oldest entry idle for `lease_s`, else take the next new one.
@@ -374,6 +411,13 @@ def _connect(url: str) -> Redis:
 def _where(client: Redis) -> str:
     options = client.connection_pool.connection_kwargs
     return str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
+
+
+def _fenced_off(run: str, incarnation: int, newest: int) -> FencedError:
+    return FencedError(
+        f"run {run!r}: incarnation {incarnation} of the trainer is refused, since incarnation {newest} is recorded: "
+        "another trainer has taken over; end this one"
+    )
 
 
 def _errors_of(stream: str) -> str:
