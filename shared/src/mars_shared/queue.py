@@ -416,7 +416,8 @@ def _where(client: Redis) -> str:
 def _fenced_off(run: str, incarnation: int, newest: int) -> FencedError:
     return FencedError(
         f"run {run!r}: incarnation {incarnation} of the trainer is refused, since incarnation {newest} is recorded: "
-        "another trainer has taken over; end this one"
+        "another trainer has taken over; end this one. If instead the run's folder was deleted and the run begun anew, "
+        f"delete the key {Streams(run).incarnation} from Redis"
     )
 
 
