@@ -19,7 +19,8 @@ MarsError
 ├── CheckpointError      weights or a checkpoint cannot be used: of another model              exit 2
 └── QueueError           Redis cannot be used
     ├── QueueUnavailableError   it does not answer                                         HTTP 503
-    └── LeaseLostError          the claimed item now belongs to another consumer
+    ├── LeaseLostError          the claimed item now belongs to another consumer
+    └── FencedError             a newer incarnation of the trainer has taken over          exit 2
 """
 
 from __future__ import annotations
@@ -151,3 +152,9 @@ class QueueUnavailableError(QueueError):
 
 class LeaseLostError(QueueError):
     """The claimed item belongs to another consumer by now."""
+
+
+class FencedError(QueueError):
+    """A newer incarnation of the trainer has taken over; what an older one says is refused."""
+
+    exit_code = 2

@@ -14,6 +14,7 @@ from mars_reward.registry import check_recipe, score
 from mars_reward.rewards.released_eval import released_eval
 from mars_shared.contracts import Completion, Purpose, RolloutGroup, Score, ScoredGroup, ScoreItem
 from mars_shared.errors import InputError, LeaseLostError, QueueError, RewardCpuTimeoutError, RewardError
+from mars_shared.faults import fault
 from mars_shared.http import explain_validation
 from mars_shared.patience import FIRST_PAUSE_S, longer
 from mars_shared.queue import Claim, Queue, Streams
@@ -147,9 +148,9 @@ class RewardWorker:
             return None
 
     async def _score(self, claim: Claim) -> str | None:
-        deaths = claim.attempt - 1 - claim.errors
-        if deaths >= MAX_DEATHS:
-            await self._give_up(claim, "worker died", f"{deaths} attempts to score it ended without a word")
+        fault("reward.after_claim")
+        if claim.deaths >= MAX_DEATHS:
+            await self._give_up(claim, "worker died", f"{claim.deaths} attempts to score it ended without a word")
             return None
         try:
             scored, payload = await asyncio.to_thread(self._judge, claim.payload)
@@ -162,7 +163,9 @@ class RewardWorker:
                 return detail
             await self._give_up(claim, reason, detail)
             return None
+        fault("reward.before_complete")
         await self._queue.complete(claim, forward=self._streams.scored(scored.group.prompt.purpose), payload=payload)
+        fault("reward.after_complete")
         GROUPS.labels(outcome="scored").inc()
         _count(scored)
         return None
