@@ -10,6 +10,7 @@ from typing import Any, cast
 from builders import make_group, make_score, make_scored
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import PolicyVersion, Prompt, ScoredGroup
+from mars_shared.errors import InputError
 from mars_shared.queue import Claim, DeadLetter
 from mars_shared.settings import load_recipe
 from mars_shared.telemetry import EventLog
@@ -53,6 +54,7 @@ class Replies:
         self.telling, self.deadly = set(telling), set(deadly)
         self.waiting: list[Prompt] = []
         self.retries: list[Retry] = []
+        self.reported: list[tuple[int, str]] = []
         self.asked: list[list[int]] = []
         self.acknowledged: list[int] = []
 
@@ -69,6 +71,9 @@ class Replies:
     async def gather(self, prompts: Iterable[Prompt], *, on_death: Any) -> list[Answer]:
         self.ask(prompts)
         return (await self.receive())[0]
+
+    async def report_dead(self, dispatch_index: int, error: InputError) -> None:
+        self.reported.append((dispatch_index, str(error)))
 
     def take_retry(self) -> Retry | None:
         return self.retries.pop(0) if self.retries else None

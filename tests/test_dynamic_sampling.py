@@ -135,6 +135,7 @@ async def test_a_sample_that_cannot_be_opened_is_passed_over_and_said(tmp_path: 
     run.data = RunData(Damaged(run.data.train[:6], {second}), {})
     await run._step()
     assert replies.asked == [[0, 2, 3]] and run.ledger.dead == (1,)
+    assert replies.reported == [(1, f"questions.jsonl line {second + 1}: broken")]
     assert [event["reason"] for event in read_events(tmp_path / "events.jsonl", "dead")] == [
         f"questions.jsonl line {second + 1}: broken"
     ]

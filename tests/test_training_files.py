@@ -71,6 +71,22 @@ def test_faulty_rows_are_all_counted_and_the_first_are_named_at_the_start(tmp_pa
         open_data(section(write(tmp_path, *lines)))
 
 
+def test_a_few_faulty_rows_are_named_in_the_log_and_cannot_be_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [line(number, "visible") for number in range(20)]
+    lines[4]["answer"] = 7
+    data = open_data(section(write(tmp_path, *lines)))
+    assert "1 of 20 rows cannot be used" in caplog.text and "line 5: answer" in caplog.text
+    unusable = []
+    for row in range(len(data.train)):
+        try:
+            assert data.train[row].images
+        except InputError as error:
+            unusable.append(str(error))
+    assert len(unusable) == 1 and "line 5: answer" in unusable[0]
+    with pytest.raises(ConfigError, match=r"1 of 20 rows cannot be used.*data.max_faulty_share is 0$"):
+        open_data(section(tmp_path / "questions.jsonl", max_faulty_share=0.0))
+
+
 def test_a_source_that_the_policy_does_not_know_is_refused_at_the_start(tmp_path: Path) -> None:
     path = write(tmp_path, line(0, "visible"), line(1, "thermal"))
     with pytest.raises(ConfigError, match=r"line 2: source 'thermal' is not one of data.source_names \(visible, infrared\)"):

@@ -356,6 +356,13 @@ class Queue:
         await self._fenced(self._dead_letter, claim, keys, reason, detail)
         logger.error("%s, attempt %d, given up: %s: %s", claim, claim.attempt, reason, detail)
 
+    async def report_dead(self, run: str, payload: bytes, *, key: str, reason: str, detail: str) -> None:
+        """Add a dead letter about an item that never came into a stream."""
+        with self._errors():
+            seconds, microseconds = await self._redis.time()
+            fields = {"payload": payload, "key": key, "reason": reason, "detail": detail, "stream": Streams(run).dead}
+            await self._redis.xadd(Streams(run).dead, fields | {"attempt": 0, "time": f"{seconds}.{microseconds:06d}"})
+
     async def dead(self, run: str, limit: int | None = 100) -> list[DeadLetter]:
         """The run's last dead letters (None: all), latest first; depth(Streams(run).dead) counts all."""
         with self._errors():
@@ -447,6 +454,12 @@ class Queue:
                 f"no answer from Redis at {self._where} ({error}); is Redis or Valkey running there? "
                 "MARS_REDIS_URL=redis://:password@host:port/0 says where"
             ) from error
+        except exceptions.ResponseError as error:
+            if str(error).startswith("MISCONF"):
+                raise QueueUnavailableError(
+                    f"Redis at {self._where} cannot write to its disk ({error}); free some space"
+                ) from error
+            raise QueueError(f"Redis at {self._where} refused a command: {error}") from error
         except exceptions.RedisError as error:
             raise QueueError(f"Redis at {self._where} refused a command: {error}") from error
 

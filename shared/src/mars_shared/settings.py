@@ -79,6 +79,13 @@ class DataSection(Section):
     source_names: tuple[str, ...] | None = Field(
         default=None, description="the sources that the policy knows, e.g. visible and infrared; others are refused. None: any"
     )
+    max_faulty_share: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="of a file's rows that may be faulty: they are named in the log and become dead letters in their turn; "
+        "with more the run refuses to start. 0: refuse any",
+    )
     max_image_pixels: int = Field(default=4096 * 4096, ge=1, description="an image with more is refused")
     eval_samples: int = Field(
         default=256,

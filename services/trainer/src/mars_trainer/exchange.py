@@ -7,6 +7,7 @@ is noticed by comparing both and asked again; a late second answer is dropped.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -18,7 +19,7 @@ from secrets import token_hex
 from pydantic import ValidationError
 
 from mars_shared.contracts import Prompt, Purpose, RolloutGroup, ScoredGroup
-from mars_shared.errors import QueueUnavailableError
+from mars_shared.errors import InputError, QueueUnavailableError
 from mars_shared.faults import fault
 from mars_shared.patience import patiently
 from mars_shared.queue import Claim, DeadLetter, PutResult, Queue, Streams
@@ -151,6 +152,12 @@ class Exchange:
             for death in deaths:
                 on_death(death)
         return sorted(answers, key=lambda answer: answer.scored.group.prompt.dispatch_index)
+
+    async def report_dead(self, dispatch_index: int, error: InputError) -> None:
+        """Note a sample among the dead letters that could not become a prompt."""
+        item = json.dumps({"dispatch_index": dispatch_index, "purpose": self.purpose.value}).encode()
+        key, reason = f"{self.incarnation}/{dispatch_index}", type(error).__name__
+        await patiently(lambda: self.queue.report_dead(self.run, item, key=key, reason=reason, detail=str(error)))
 
     def take_retry(self) -> Retry | None:
         """The next prompt that shall be asked again, if there is one."""

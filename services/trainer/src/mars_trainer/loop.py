@@ -83,6 +83,7 @@ class TrainingRun:
     """Entries of what is in the weights and in no checkpoint."""
     _retried: list[Claim] = field(default_factory=list)
     """Entries of prompts that this step took up again."""
+    _unusable: list[tuple[int, InputError]] = field(default_factory=list)
     _dispatched: dict[int, Prompt] = field(default_factory=dict)
     """Prompts by dispatch index, from dispatch until a step has trained on their groups or done without."""
     window: Window[Judged] = field(init=False)
@@ -186,6 +187,7 @@ class TrainingRun:
         """
         while not self.window.settle():
             await self._despite_full_disk(self._dispatch)
+            await self._report_unusable()
             answers, deaths = await self.training.receive()
             for answer in answers:
                 judged = Judged(answer, credit(answer.scored, self.recipe.train, self.recipe.rollout.max_completion_length))
@@ -242,8 +244,15 @@ class TrainingRun:
             except InputError as error:
                 self.window.skip()
                 self.progress.dead.append(index)
+                self._unusable.append((index, error))
                 self.events.write("dead", reason=str(error))
         raise InputError(f"none of the {rows} training samples can be opened; see the events, or run `mars data check`")
+
+    async def _report_unusable(self) -> None:
+        """Samples that never became prompts stand among the dead letters too."""
+        for index, error in self._unusable:
+            await self.training.report_dead(index, error)
+        self._unusable.clear()
 
     def _bury(self, death: Death) -> None:
         """Say that a prompt is dead and give its place back."""

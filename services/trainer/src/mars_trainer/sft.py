@@ -52,7 +52,7 @@ def sft(recipe: Recipe, out: Path, report: Callable[[str], None], target: Target
     refuse_to_overwrite(out, recipe.model.path)
     chosen: Target = target or recipe.sft.target
     tuning = FineTuning(recipe, chosen)
-    loss = tuning.run(open_data(recipe.data).train, report)
+    loss = tuning.run(open_data(recipe.data.model_copy(update={"max_faulty_share": 0.0})).train, report)
     facts = {"recipe": recipe.run.name, "target": chosen, "steps": recipe.sft.steps, "loss": loss}
     write_model(tuning.policy.model, recipe.model.path, out, getattr(torch, recipe.model.dtype), {"sft.json": json.dumps(facts)})
     return out

@@ -32,7 +32,8 @@ HeldOut = dict[str, Sequence[Sample]]
 
 @dataclass(frozen=True)
 class RunData:
-    """A run's samples, each made or opened when it is asked for; that raises InputError where its images are not in order."""
+    """A run's samples, each made or opened when it is asked for; that raises InputError where
+    its row is faulty or its images are not in order."""
 
     train: Sequence[Sample]
     held_out: HeldOut
@@ -52,14 +53,14 @@ def open_data(data: DataSection) -> RunData:
     """The samples to train on and those held out, `eval_samples` of each dataset.
 
     Raises:
-        ConfigError: files cannot be read, rows are faulty, or nothing is left to train on or to hold out.
+        ConfigError: files cannot be read, too many rows are faulty, or nothing is left to train on or to hold out.
     """
     if data.dataset is not None:
         return RunData(load_dataset(data.dataset).train, open_held_out(data))
     train: list[Sequence[Sample]] = []
     held_out = _files_held_out(data)
     for files in data.train:
-        records = read_files(files, data.source_names)
+        records = read_files(files, data)
         if not data.test:
             records, kept_back = split_off(records, data.test_share)
             _add(held_out, files, data, samples_of(files, kept_back, max_image_pixels=data.max_image_pixels))
@@ -88,7 +89,7 @@ def open_held_out(data: DataSection) -> HeldOut:
 def _files_held_out(data: DataSection) -> HeldOut:
     held_out: HeldOut = {}
     for files in data.test:
-        records = read_files(files, data.source_names)
+        records = read_files(files, data)
         _add(held_out, files, data, samples_of(files, records, max_image_pixels=data.max_image_pixels))
     return held_out
 

@@ -2,53 +2,68 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from mars_shared.errors import ConfigError, InputError
 from mars_shared.images import open_image
-from mars_shared.settings import DataFiles
+from mars_shared.settings import DataFiles, DataSection
 from mars_trainer.datasets.base import LazySplit, Sample, stable_fraction
 from mars_trainer.datasets.formats import FORMATS, data_path, format_of, read_rows
 from mars_trainer.datasets.images import image_bytes
 from mars_trainer.datasets.records import Record
 
+logger = logging.getLogger(__name__)
+
 SHOWN_FAULTS = 5
 
 
-def read_files(files: DataFiles, known_sources: Sequence[str] | None = None) -> list[Record]:
-    """All rows of a dataset.
+Readable = Record | InputError
+"""A row: what it asks, or what is wrong with it."""
 
-    Args:
-        known_sources: names that its images may have; None: any.
+
+def read_files(files: DataFiles, data: DataSection) -> list[Readable]:
+    """All rows of a dataset, of which a few may be faulty.
 
     Raises:
-        ConfigError: no such file or format, no rows, or faulty rows: the first of them, each with file, row and field.
+        ConfigError: no such file or format, no rows, or too many faulty rows: the first of them, each with file, row and field.
     """
     try:
         path = data_path(files.path)
         format = files.format or format_of(path)
         if format not in FORMATS:
             raise ConfigError(f"data format {format!r} is unknown; expected one of {', '.join(sorted(FORMATS))}")
-        rows = list(read_rows(path, format, files.sources, files.split))
+        rows = [_checked(row, data.source_names) for row in read_rows(path, format, files.sources, files.split)]
     except InputError as error:
         raise ConfigError(f"dataset {files.path}: {error}") from error
-    records = [row for row in rows if isinstance(row, Record)]
-    faults = [str(row) for row in rows if isinstance(row, InputError)]
-    faults += [fault for record in records for fault in record.name_faults(known_sources)]
-    if faults:
-        raise ConfigError(
-            f"dataset {files.path}: {len(faults)} of {len(rows)} rows cannot be used: {'; '.join(faults[:SHOWN_FAULTS])}"
-            f"{'; ...' if len(faults) > SHOWN_FAULTS else ''}. `mars data check {files.path}` lists all faults"
-        )
-    if not records:
+    if not rows:
         raise ConfigError(f"dataset {files.path}: no rows; expected at least one")
-    return records
+    faults = [str(row) for row in rows if isinstance(row, InputError)]
+    if faults:
+        _refuse_or_warn(files, faults, len(rows), data.max_faulty_share)
+    return rows
 
 
-def samples_of(files: DataFiles, records: Sequence[Record], *, max_image_pixels: int) -> Sequence[Sample]:
-    """The records as samples, each opened when it is asked for, which raises InputError if its images are not in order."""
+def _checked(row: Readable, known_sources: Sequence[str] | None) -> Readable:
+    if isinstance(row, Record) and (faults := row.name_faults(known_sources)):
+        return InputError("; ".join(faults))
+    return row
+
+
+def _refuse_or_warn(files: DataFiles, faults: Sequence[str], rows: int, allowed_share: float) -> None:
+    told = (
+        f"dataset {files.path}: {len(faults)} of {rows} rows cannot be used: {'; '.join(faults[:SHOWN_FAULTS])}"
+        f"{'; ...' if len(faults) > SHOWN_FAULTS else ''}. `mars data check {files.path}` lists all faults"
+    )
+    if len(faults) == rows or len(faults) > allowed_share * rows:
+        raise ConfigError(f"{told}. data.max_faulty_share is {allowed_share:g}")
+    logger.warning("%s", told)
+
+
+def samples_of(files: DataFiles, records: Sequence[Readable], *, max_image_pixels: int) -> Sequence[Sample]:
+    """The rows as samples, each opened when it is asked for: InputError if the row is faulty or its images are not in order."""
     folder = files.images or (files.path if files.path.is_dir() else files.path.parent)
     return LazySplit(len(records), lambda row: _open(records[row], name_of(files), folder, max_image_pixels))
 
@@ -58,8 +73,8 @@ def name_of(files: DataFiles) -> str:
     return files.name or files.path.stem
 
 
-def split_off(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
-    """Rows to train on, and the held-out share of about this size, at least one row; the same rows each time.
+def split_off(records: Sequence[Readable], share: float) -> tuple[list[Readable], list[Readable]]:
+    """Rows to train on, faulty ones too, and the held-out share of about this size, at least one row; the same rows each time.
 
     Rows that show the same image files are on the same side. Embedded images have no name to go by:
     there the row's id decides.
@@ -70,12 +85,16 @@ def split_off(records: Sequence[Record], share: float) -> tuple[list[Record], li
     return trained, [record for record, place in zip(records, places, strict=True) if place < bound]
 
 
-def _place(record: Record) -> float:
+def _place(record: Readable) -> float:
+    if isinstance(record, InputError):
+        return 1.0
     shown = [record.record_id] if any(image.embedded for image in record.images) else [str(image.path) for image in record.images]
     return stable_fraction("\n".join(shown).encode())
 
 
-def _open(record: Record, dataset: str, folder: Path, max_image_pixels: int) -> Sample:
+def _open(record: Readable, dataset: str, folder: Path, max_image_pixels: int) -> Sample:
+    if isinstance(record, InputError):
+        raise record
     images = {image.name: image_bytes(record, image, folder) for image in record.images}
     first, data = next(iter(images.items()))
     # Boxes are in pixels of the first image; text needs no size.
