@@ -15,7 +15,10 @@ TOKENS_PER_IMAGE = 4
 
 
 class ScriptedEngine:
-    """Answers at once unless `gate` is cleared; sample i of seed s is the token s + i."""
+    """Answers at once unless `gate` is cleared; sample i of seed s is the token s + i.
+
+    Where the version changed under the request that token comes once by the old and once by the new one.
+    """
 
     def __init__(self) -> None:
         self.version: PolicyVersion = BASE_VERSION
@@ -31,6 +34,7 @@ class ScriptedEngine:
 
     async def generate(self, request: EngineRequest) -> EngineAnswer:
         self.requests.append(request)
+        version = self.version
         self.running += 1
         try:
             if self.failures:
@@ -38,7 +42,7 @@ class ScriptedEngine:
             await self.gate.wait()
             if not self.alive:
                 raise NotReadyError("the engine is dead")
-            return self._answer(request)
+            return self._answer(request, version)
         finally:
             self.running -= 1
 
@@ -55,12 +59,14 @@ class ScriptedEngine:
     async def shutdown(self) -> None:
         self.alive = False
 
-    def _answer(self, request: EngineRequest) -> EngineAnswer:
+    def _answer(self, request: EngineRequest, began: PolicyVersion) -> EngineAnswer:
         expanded = [t for token in request.token_ids for t in [token] * (TOKENS_PER_IMAGE if token == IMAGE_TOKEN else 1)]
-        span = (VersionSpan(version=self.version, start=0, end=1),)
+        versions = [began] if began == self.version else [began, self.version]
+        spans = tuple(VersionSpan(version=version, start=place, end=place + 1) for place, version in enumerate(versions))
         first = 0 if request.seed is None else request.seed
         completions = tuple(
-            EngineCompletion((first + i,), (-0.5,), f"text {first + i}", FinishReason.STOP, span) for i in range(request.n)
+            EngineCompletion((first + i,) * len(spans), (-0.5,) * len(spans), f"text {first + i}", FinishReason.STOP, spans)
+            for i in range(request.n)
         )
         pixels = tuple(f"pixels of image {index}" for index in range(len(request.images))) if request.hash_pixels else None
         return EngineAnswer(tuple(expanded), completions, pixels)

@@ -9,7 +9,7 @@ import pytest
 from mars_rollout.engine.base import BASE_VERSION
 from mars_rollout.group import GroupMaker
 from mars_rollout.render import PromptRenderer
-from mars_shared.contracts import Decoding, Kind, Prompt, Purpose, Source, expected_members, sampling_seed
+from mars_shared.contracts import Decoding, Kind, PolicyVersion, Prompt, Purpose, Source, expected_members, sampling_seed
 from mars_shared.errors import BlobMissingError, ImageError, MediaTypeError, NotReadyError, TooLargeError
 from rollout_doubles import ScriptedEngine
 from rollout_fixtures import DATA, RunFolder, adhoc, make_prompt, png
@@ -93,6 +93,30 @@ async def test_a_training_group_of_two_versions_is_refused(
     scripted.gate.set()
     with pytest.raises(NotReadyError, match=r"task-1: weights changed from 0\.0 to \['0\.9'\]"):
         await work
+
+
+@pytest.mark.parametrize(
+    ("began", "ended", "strange"),
+    [(3, 3, None), (3, 5, None), (4, 5, None), (2, 2, "1.2"), (2, 3, "1.2"), (5, 6, "1.6")],
+)
+async def test_every_token_of_a_group_is_by_a_version_that_it_tolerates(
+    making: GroupMaker, scripted: ScriptedEngine, run_folder: RunFolder, began: int, ended: int, strange: str | None
+) -> None:
+    """Version 1.3 with max_staleness 2: 1.3, 1.4 and 1.5 may answer."""
+    scripted.gate.clear()
+    scripted.version = PolicyVersion(incarnation=1, step=began)
+    prompt = make_prompt(run_folder.blobs, policy_version=PolicyVersion(incarnation=1, step=3), max_staleness=2)
+    work = asyncio.create_task(making.make(prompt))
+    await scripted.until_running(3)
+    scripted.version = PolicyVersion(incarnation=1, step=ended)
+    scripted.gate.set()
+    if strange is not None:
+        with pytest.raises(NotReadyError, match=rf"weights changed from 1\.{began} to \['{strange}'\]"):
+            await work
+        return
+    group = await work
+    assert group.policy_version.step == began
+    assert {tuple(span.version.step for span in c.spans) for c in group.completions} == {tuple(sorted({began, ended}))}
 
 
 def with_blob(run_folder: RunFolder, data: bytes, media_type: str = "image/png") -> Prompt:

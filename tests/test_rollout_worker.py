@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import redis
@@ -27,6 +28,12 @@ from rollout_fixtures import DATA, RunFolder, make_prompt, make_run_folder, publ
 
 def version(step: int, incarnation: int = 1) -> PolicyVersion:
     return PolicyVersion(incarnation=incarnation, step=step)
+
+
+def versions_of(group: RolloutGroup) -> list[PolicyVersion]:
+    """The versions of a group's spans, which are the same for each completion."""
+    (versions,) = {tuple(span.version for span in completion.spans) for completion in group.completions}
+    return list(versions)
 
 
 @dataclass
@@ -103,10 +110,18 @@ class Shop:
 
 
 @pytest.fixture
-async def shop(tmp_path: Path, model_dir: Path, redis_url: str, renderer: PromptRenderer) -> AsyncIterator[Shop]:
+def in_flight() -> str:
+    """As the recipe's default; tests of the other value are parametrized by it."""
+    return "drain"
+
+
+@pytest.fixture
+async def shop(
+    tmp_path: Path, model_dir: Path, redis_url: str, renderer: PromptRenderer, in_flight: Literal["drain", "continue"]
+) -> AsyncIterator[Shop]:
     place = make_run_folder(tmp_path, model_dir)
     engine, store = ScriptedEngine(), WeightsStore(tmp_path / "weights")
-    policy = Policy(engine, store, model_dir)
+    policy = Policy(engine, store, model_dir, in_flight=in_flight)
     queue, streams = Queue(redis_url, lease_s=60.0), Streams(f"w-{tmp_path.name}")
     maker = GroupMaker(engine, renderer, place.blobs, replica="replica-0", data=DATA)
     worker = RolloutWorker(
@@ -134,7 +149,8 @@ async def test_a_prompt_is_answered_with_the_version_it_asks_for(shop: Shop) -> 
     assert group.pull_s > 0
 
 
-async def test_a_change_waits_for_training_groups_in_flight(shop: Shop) -> None:
+@pytest.mark.parametrize("in_flight", ["drain", "continue"])
+async def test_a_change_waits_for_groups_in_flight_that_do_not_tolerate_it(shop: Shop) -> None:
     shop.publish(1)
     shop.engine.gate.clear()
     await shop.put(policy_version=version(1))
@@ -164,13 +180,51 @@ async def test_an_adhoc_request_delays_no_change(shop: Shop) -> None:
     following.cancel()
 
 
-async def test_staleness_within_the_tolerated_is_not_pulled_away(shop: Shop) -> None:
+async def test_a_newer_version_may_answer_within_the_tolerated_and_an_older_one_never(shop: Shop) -> None:
     shop.publish(4)
-    await shop.put(policy_version=version(5), max_staleness=1)
-    await shop.put(policy_version=version(3), max_staleness=1)
+    await shop.put(policy_version=version(3), max_staleness=1, task="3 or 4")
+    await shop.put(policy_version=version(5), max_staleness=1, task="5 or 6")
     async with shop.working():
+        first = await shop.result()
+        await asyncio.sleep(0.4)
+        assert len(shop.engine.requests) == 3
+        shop.publish(5)
+        second = await shop.result()
+    assert (first.group_id, first.policy_version) == ("3 or 4", version(4))
+    assert (second.group_id, second.policy_version) == ("5 or 6", version(5))
+
+
+async def test_drain_lets_groups_in_flight_finish_and_begins_nothing_on_old_weights(shop: Shop) -> None:
+    shop.publish(1)
+    shop.engine.gate.clear()
+    await shop.put(policy_version=version(1), max_staleness=1)
+    async with shop.working():
+        await shop.engine.until_running(3)
+        shop.publish(2)
+        await shop.put(policy_version=version(1), max_staleness=1)
+        await shop.until_held_by("replica-0", 2)
+        await asyncio.sleep(0.3)
+        assert (len(shop.engine.requests), shop.engine.updates) == (3, [version(1)])
+        shop.engine.gate.set()
         groups = [await shop.result(), await shop.result()]
-    assert {group.policy_version for group in groups} == {version(4)}
+    assert [versions_of(group) for group in groups] == [[version(1)], [version(2)]]
+
+
+@pytest.mark.parametrize("in_flight", ["continue"])
+async def test_continue_changes_the_weights_under_groups_that_tolerate_it(shop: Shop) -> None:
+    shop.publish(1)
+    shop.engine.gate.clear()
+    await shop.put(policy_version=version(1), max_staleness=1)
+    async with shop.working():
+        await shop.engine.until_running(3)
+        shop.publish(2)
+        await shop.put(policy_version=version(1), max_staleness=1)
+        await shop.engine.until_running(6)
+        shop.engine.gate.set()
+        groups = sorted([await shop.result(), await shop.result()], key=lambda group: group.group_id)
+    assert shop.engine.running_at_update == [0, 3]
+    assert [group.policy_version for group in groups] == [version(1), version(2)]
+    assert [versions_of(group) for group in groups] == [[version(1), version(2)], [version(2)]]
 
 
 async def test_a_prompt_older_than_it_tolerates_is_dead_and_says_why(shop: Shop) -> None:

@@ -114,6 +114,11 @@ class RolloutSection(Section):
     max_completion_length: int = Field(ge=1, description="tokens")
     replicas: int = Field(default=1, ge=1, description="replicas that `mars up` starts")
     concurrent_groups: int = Field(default=8, ge=1, description="groups that one replica makes at a time")
+    in_flight: Literal["drain", "continue"] = Field(
+        default="drain",
+        description="at a weight change groups in flight are finished by the old weights first, `drain`, or, if "
+        "`train.max_staleness` permits, go on under the new ones, `continue`: version spans tell which token is by which",
+    )
     threads: int = Field(default=1, ge=1, description="CPU threads of a replica; ignored on GPUs")
     kv_cache_mib: int | None = Field(default=None, ge=1, description="key-value cache; None: vLLM decides (GPU)")
     gpu_memory_utilization: float = Field(

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from mars_rollout.engine.base import Engine, EngineAnswer, EngineRequest
+from mars_rollout.policy import tolerates
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import (
     Completion,
     Decoding,
     Kind,
+    PolicyVersion,
     Prompt,
     Purpose,
     RenderedView,
@@ -50,7 +52,7 @@ class GroupMaker:
 
         Raises:
             InputError: an image or the question is unusable; names prompt and source.
-            NotReadyError: the engine is dead, or its weights changed under a training group.
+            NotReadyError: the engine is dead, or its weights changed under a group that does not tolerate it.
         """
         started_at, start_s = time.time(), time.perf_counter()
         images = await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, prompt)
@@ -58,10 +60,7 @@ class GroupMaker:
         version, weights_id = self._engine.version, self._engine.weights_id
         answers = await _all_or_none([self._engine.generate(_request(prompt, draft, images)) for draft in drafts])
         completions = tuple(c for draft, answer in zip(drafts, answers, strict=True) for c in _members(prompt, draft, answer))
-        if prompt.purpose is not Purpose.ADHOC:
-            strange = {str(span.version) for c in completions for span in c.spans} - {str(version)}
-            if strange:
-                raise NotReadyError(f"group {prompt.task_id}: weights changed from {version} to {sorted(strange)} under it")
+        _check_versions(prompt, version, completions)
         return RolloutGroup(
             prompt=prompt,
             views=tuple(_view(draft, answer) for draft, answer in zip(drafts, answers, strict=True)),
@@ -153,6 +152,20 @@ def _members(prompt: Prompt, draft: ViewDraft, answer: EngineAnswer) -> list[Com
         )
         for index, sampled in enumerate(answer.completions)
     ]
+
+
+def _check_versions(prompt: Prompt, version: PolicyVersion, completions: Sequence[Completion]) -> None:
+    """All tokens of a group that is not ad-hoc are by versions that it tolerates, at max_staleness 0 by `version` alone."""
+    if prompt.purpose is Purpose.ADHOC:
+        return
+    served = {span.version for completion in completions for span in completion.spans}
+    if prompt.max_staleness and prompt.policy_version is not None:
+        strange = {one for one in served if not tolerates(prompt, one)}
+    else:
+        strange = served - {version}
+    if strange:
+        names = [str(one) for one in sorted(strange)]
+        raise NotReadyError(f"group {prompt.task_id}: weights changed from {version} to {names} under it")
 
 
 def _view(draft: ViewDraft, answer: EngineAnswer) -> RenderedView:

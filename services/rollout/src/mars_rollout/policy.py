@@ -1,4 +1,4 @@
-"""Which weights a replica serves: pulled when HEAD changes, changed only between training groups."""
+"""Which weights a replica serves: pulled when HEAD changes, changed when no group in hand is against it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from enum import Enum, auto
 from pathlib import Path
+from typing import Literal
 
 from mars_rollout.engine.base import BASE_WEIGHTS_ID, Engine
 from mars_rollout.metrics import count_update
@@ -37,15 +38,17 @@ class _Verdict(Enum):
 class Policy:
     """The weights store's HEAD and the engine's weights, brought together.
 
-    Training groups `hold` the version they are made with; a change waits until none is held.
-    Ad-hoc requests hold nothing: they go on over a change, which their version spans show.
+    Groups `hold` the version they are made with; a change waits until none is held. With `in_flight`
+    "continue" it waits for those alone that do not tolerate it; the others go on over it, which their
+    version spans show, as do ad-hoc requests, which hold nothing.
     """
 
-    def __init__(self, engine: Engine, store: WeightsStore, model: Path) -> None:
+    def __init__(self, engine: Engine, store: WeightsStore, model: Path, *, in_flight: Literal["drain", "continue"]) -> None:
         self._engine = engine
         self._store = store
         self._fingerprint = model_fingerprint(model)
-        self._held = 0
+        self._in_flight = in_flight
+        self._held: list[Prompt] = []
         self._changed = asyncio.Condition()
         self.fault: IntegrityError | None = None
         """Why the announced weights cannot be applied; the replica is of no use then."""
@@ -62,17 +65,17 @@ class Policy:
         return self._store.head() is not None
 
     async def follow(self) -> None:
-        """Apply every announced version as soon as no training group is held; runs until cancelled."""
+        """Apply every announced version as soon as no held group is against it; runs until cancelled."""
         while True:
             if not self.current:
                 async with self._changed:
-                    if not self._held and not self.current:
+                    if not self.current and self._may_change():
                         await self._apply_head()
             await asyncio.sleep(POLL_S)
 
     @asynccontextmanager
     async def hold(self, prompt: Prompt) -> AsyncIterator[float]:
-        """Bring the engine to the prompt's version and keep it there; yields the seconds that pulling took.
+        """Bring the engine to a version that the prompt tolerates and keep it so; yields the seconds that pulling took.
 
         Raises:
             SupersededError: the prompt is of an older incarnation than HEAD's.
@@ -85,7 +88,7 @@ class Policy:
             yield pull_s
         finally:
             async with self._changed:
-                self._held -= 1
+                self._held.remove(prompt)
                 self._changed.notify_all()
 
     async def _acquire(self, prompt: Prompt) -> float:
@@ -93,7 +96,7 @@ class Policy:
         deadline_s = time.monotonic() + ANNOUNCEMENT_S
         async with self._changed:
             while (verdict := self._judge(prompt)) is not _Verdict.READY:
-                if verdict is _Verdict.PULL and not self._held:
+                if verdict is _Verdict.PULL and self._may_change():
                     pull_s += await self._apply_head()
                     continue
                 if verdict is _Verdict.WAIT and time.monotonic() > deadline_s:
@@ -103,8 +106,15 @@ class Policy:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_S):
                         await self._changed.wait()
-            self._held += 1
+            self._held.append(prompt)
         return pull_s
+
+    def _may_change(self) -> bool:
+        """Whether HEAD may take the place of what is served; the lock is held."""
+        head = self._store.head()
+        if self._in_flight == "drain" or head is None:
+            return not self._held
+        return all(tolerates(prompt, head.version) for prompt in self._held)
 
     def _judge(self, prompt: Prompt) -> _Verdict:
         wanted, head = prompt.policy_version, self._store.head()
@@ -114,11 +124,11 @@ class Policy:
             return _Verdict.WAIT
         if wanted.incarnation < head.version.incarnation:
             raise SupersededError(f"prompt {prompt.prompt_id}: version {wanted} is of an older incarnation than {head.version}")
-        published = self._engine.weights_id != BASE_WEIGHTS_ID
-        if published and _tolerates(wanted, self._engine.version, prompt.max_staleness):
+        if tolerates(prompt, head.version):
+            # Nothing begins on old weights while newer ones that will do are announced.
+            return _Verdict.READY if self._engine.weights_id == head.weights_id else _Verdict.PULL
+        if self._engine.weights_id != BASE_WEIGHTS_ID and tolerates(prompt, self._engine.version):
             return _Verdict.READY
-        if _tolerates(wanted, head.version, prompt.max_staleness):
-            return _Verdict.PULL
         if head.version > wanted:
             raise InputError(
                 f"prompt {prompt.prompt_id}: asks for version {wanted} with max_staleness {prompt.max_staleness}, "
@@ -127,7 +137,7 @@ class Policy:
         return _Verdict.WAIT
 
     async def _apply_head(self) -> float:
-        """Verify and apply HEAD; returns the seconds it took. The lock is held and no training group is.
+        """Verify and apply HEAD; returns the seconds it took. The lock is held and HEAD may be applied.
 
         Cancelled, it ends only when the change is whole: an engine with half-changed weights is of no use.
         """
@@ -164,5 +174,12 @@ class Policy:
             )
 
 
-def _tolerates(wanted: PolicyVersion, served: PolicyVersion, max_staleness: int) -> bool:
-    return wanted.incarnation == served.incarnation and abs(wanted.step - served.step) <= max_staleness
+def tolerates(prompt: Prompt, served: PolicyVersion) -> bool:
+    """Whether that version may answer the prompt: its own or up to `max_staleness` steps newer, never an older one.
+
+    A prompt without a version tolerates no change while it is answered.
+    """
+    wanted = prompt.policy_version
+    if wanted is None or wanted.incarnation != served.incarnation:
+        return False
+    return 0 <= served.step - wanted.step <= prompt.max_staleness

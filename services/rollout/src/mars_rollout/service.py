@@ -101,7 +101,7 @@ class Replica:
         return engine, await build_openai_app(engine, recipe), maker
 
     async def _work(self, engine: Engine, maker: GroupMaker, stop: asyncio.Event) -> None:
-        policy = Policy(engine, self._store, self._recipe.model.path)
+        policy = Policy(engine, self._store, self._recipe.model.path, in_flight=self._recipe.rollout.in_flight)
         worker = RolloutWorker(
             self._queue,
             Streams(self._recipe.run.name),

@@ -133,7 +133,7 @@ class Prompt(Message):
     policy_version: PolicyVersion | None = Field(
         default=None, description="the version to answer with; None: whatever the replica serves (ad-hoc)"
     )
-    max_staleness: int = Field(default=0, ge=0, description="steps by which the answer may be behind or ahead")
+    max_staleness: int = Field(default=0, ge=0, description="steps by which the answering versions may be newer than that")
 
     @model_validator(mode="after")
     def _sources_have_different_names(self) -> Prompt:

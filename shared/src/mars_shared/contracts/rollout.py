@@ -84,6 +84,15 @@ class Completion(Contract):
             raise ValueError(f"kind is {self.kind} with source {self.source!r}; only multi-source completions have none")
         return self
 
+    @model_validator(mode="after")
+    def _spans_tile_the_tokens(self) -> Completion:
+        ends = [0, *(span.end for span in self.spans)]
+        starts = [*(span.start for span in self.spans), len(self.token_ids)]
+        if self.spans and (ends != starts or any(span.start > span.end for span in self.spans)):
+            ranges = [(span.start, span.end) for span in self.spans]
+            raise ValueError(f"version spans are {ranges}; expected them to tile {len(self.token_ids)} token_ids without a gap")
+        return self
+
 
 Member = tuple[Kind, str | None, int]
 
