@@ -207,7 +207,7 @@ def observed_run(
     Args:
         faults: MARS_FAULT of every service.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".toml")
     text = RECIPE.format(
         run_dir=folder, seed=seed, model=ROOT / "models/tiny", replicas=replicas, steps=steps, checkpoint_every=checkpoint_every
