@@ -3,9 +3,10 @@
 PYTHON ?= python3
 SEED ?= 0
 DATA ?= digits
+FAULTS ?= 50
 
 # MARS_STACK=cpu or cuda chooses the stack.
-.PHONY: help setup demo test verify warm-start clean
+.PHONY: help setup demo test chaos verify warm-start clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -22,8 +23,13 @@ test: setup ## lint, types, import rules and all tests
 	@.venv/bin/mypy
 	@.venv/bin/pytest
 
-verify: setup ## long checks, about two hours: the demo's promises; every algorithm learns on both tasks
+chaos: setup ## kill, freeze and damage a run, compare it with an undisturbed one: make chaos [FAULTS=n] [SEED=s]
+	@.venv/bin/python benchmarks/verify_chaos.py --faults $(FAULTS) --seed $(SEED)
+
+verify: setup ## long checks, hours: the demo's promises; every fault point, 50 faults; every algorithm learns on both tasks
 	@.venv/bin/python benchmarks/verify_demo.py
+	@.venv/bin/python benchmarks/verify_faults.py
+	@.venv/bin/python benchmarks/verify_chaos.py --faults 50
 	@.venv/bin/python benchmarks/verify_algorithms.py
 
 warm-start: setup ## make models/tiny again from nothing (about 13 minutes on two cores)
