@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -304,14 +305,19 @@ async def test_a_dead_engine_ends_the_worker_and_leaves_the_prompt_uncounted(sho
     assert (claim.errors, claim.handed_back, claim.deaths) == (0, 0, 1)
 
 
-async def test_corrupt_weights_end_the_replica_by_name(shop: Shop) -> None:
+async def test_damaged_weights_are_refused_by_name_until_they_are_written_again(shop: Shop) -> None:
     manifest = shop.publish(1)
     file = shop.store.folder(manifest) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(IntegrityError, match=r"weights 1\.1: .*model\.safetensors"):
-        await shop.policy.follow()
-    assert shop.policy.fault is not None
-    assert shop.engine.updates == []
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"x")
+    following = asyncio.create_task(shop.policy.follow())
+    await shop.until(shop.store.is_damaged)
+    assert shop.policy.damage is not None and re.search(r"weights 1\.1: .*model\.safetensors", shop.policy.damage)
+    assert shop.engine.updates == [] and shop.policy.fault is None
+    file.write_bytes(whole)
+    await shop.until(lambda: shop.policy.current)
+    assert shop.policy.damage is None
+    following.cancel()
 
 
 async def test_weights_of_another_model_end_the_replica(shop: Shop) -> None:

@@ -74,6 +74,23 @@ def test_publishing_the_same_version_again_changes_nothing(store: WeightsStore, 
     store.verify(first)
 
 
+def test_a_complaint_about_a_damaged_snapshot_stands_until_it_is_published_again(store: WeightsStore, tmp_path: Path) -> None:
+    manifest = publish(store, 3)
+    file = store.folder(manifest) / "model.safetensors"
+    whole = file.read_bytes()
+    assert not store.is_damaged()
+    file.write_bytes(b"rubbish")
+    assert not store.is_damaged(), "nobody has complained"
+    store.complain(manifest)
+    assert store.is_damaged()
+    assert publish(store, 3) == manifest
+    store.verify(manifest)
+    assert file.read_bytes() == whole and not store.is_damaged()
+    store.complain(manifest)
+    assert not store.is_damaged(), "a complaint without a reason is dropped"
+    assert snapshots(tmp_path) == ["1.3"]
+
+
 @pytest.mark.parametrize("content", [b"", b"tensor", b"tensorz", b"tensors "])
 def test_a_changed_or_truncated_file_is_refused_and_named(store: WeightsStore, content: bytes) -> None:
     manifest = publish(store, 3)

@@ -15,12 +15,15 @@ from mars_rollout.engine.base import BASE_WEIGHTS_ID, Engine
 from mars_rollout.metrics import count_update
 from mars_shared.contracts import PolicyVersion, Prompt, WeightManifest
 from mars_shared.errors import InputError, IntegrityError, NotReadyError
+from mars_shared.faults import fault
 from mars_shared.weights import WeightsStore, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
 """How often HEAD, a small file, is read."""
+COMPLAINT_S = 1.0
+"""Pause between looks at a snapshot that is damaged."""
 ANNOUNCEMENT_S = 60.0
 """How long a prompt may wait for its version to appear in the weights store."""
 
@@ -52,6 +55,8 @@ class Policy:
         self._changed = asyncio.Condition()
         self.fault: IntegrityError | None = None
         """Why the announced weights cannot be applied; the replica is of no use then."""
+        self.damage: str | None = None
+        """What is wrong with the announced snapshot's files, until the trainer has mended it."""
 
     @property
     def current(self) -> bool:
@@ -152,16 +157,16 @@ class Policy:
         start_s = time.perf_counter()
         head = self._store.head()
         assert head is not None
+        self._check_model(head)
         try:
-            self._check_model(head)
             folder = await asyncio.to_thread(self._store.verify, head)
         except IntegrityError as error:
-            if self._store.head() != head:
-                logger.info("version %s was replaced while it was read", head.version)
-                return time.perf_counter() - start_s
-            self.fault = error
-            raise
+            await self._complain(head, error)
+            return time.perf_counter() - start_s
+        fault("rollout.before_update")
         await self._engine.update(head, folder)
+        fault("rollout.after_update")
+        self.damage = None
         seconds = time.perf_counter() - start_s
         count_update(head.version, seconds)
         logger.info("serving version %s after %.3f s", head.version, seconds)
@@ -169,9 +174,21 @@ class Policy:
 
     def _check_model(self, head: WeightManifest) -> None:
         if head.model != self._fingerprint:
-            raise IntegrityError(
+            self.fault = IntegrityError(
                 f"weights {head.version} are of a model with fingerprint {head.model}; this replica has {self._fingerprint}"
             )
+            raise self.fault
+
+    async def _complain(self, head: WeightManifest, error: IntegrityError) -> None:
+        """HEAD cannot be read: the trainer, which has it in memory, writes it again; what was served is served on."""
+        if self._store.head() != head:
+            logger.info("version %s was replaced while it was read", head.version)
+            return
+        if self.damage != str(error):
+            self.damage = str(error)
+            logger.error("%s; waiting until the trainer has written it again", error)
+        self._store.complain(head)
+        await asyncio.sleep(COMPLAINT_S)
 
 
 def tolerates(prompt: Prompt, served: PolicyVersion) -> bool:

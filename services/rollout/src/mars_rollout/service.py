@@ -123,7 +123,7 @@ class Replica:
 
     async def _until_current(self, policy: Policy, stop: asyncio.Event) -> None:
         while not (policy.current or stop.is_set()):
-            self._problem = "the current weights are being pulled"
+            self._problem = policy.damage or "the current weights are being pulled"
             await asyncio.sleep(0.05)
         self._problem = None
         logger.info("ready to answer")
