@@ -12,7 +12,7 @@ SECONDS = Histogram(
 )
 
 GROUPS = Counter("mars_reward_groups", "Groups taken from the queue, by what became of them", ["outcome"])
-"""`outcome` is "scored", "dead_letter", "retry" or "lease_lost"."""
+"""`outcome` is "scored", "dead_letter", "retry", "handed_back" or "lease_lost"."""
 
 TIME_OUTS = Counter("mars_reward_time_outs", "Completions that a custom reward did not come back from; they got 0", ["cause"])
 """`cause` is "cpu", "wall" or "exit"."""
