@@ -106,6 +106,7 @@ class Shop:
             yield
         finally:
             stop.set()
+            self.engine.gate.set()
             await work
 
 
