@@ -23,6 +23,7 @@ from mars_shared.contracts import (
     Score,
     ScoredGroup,
     Source,
+    VersionSpan,
     WeightFile,
     WeightManifest,
     expected_members,
@@ -190,6 +191,21 @@ def test_every_token_has_a_logprob() -> None:
 def test_a_logprob_that_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(ValidationError, match="finite"):
         changed(make_completion("g", Kind.MULTI, None, 0, tokens=1), logprobs=(value,))
+
+
+@pytest.mark.parametrize("ranges", [[(0, 3)], [(0, 1), (1, 3)], [(0, 2), (2, 2), (2, 3)], []])
+def test_version_spans_tile_the_tokens(ranges: list[tuple[int, int]]) -> None:
+    spans = tuple(VersionSpan(version=V0, start=start, end=end) for start, end in ranges)
+    completion = make_completion("t", Kind.MULTI, None, 0, tokens=3)
+    assert Completion.model_validate(completion.model_dump() | {"spans": spans}).spans == spans
+
+
+@pytest.mark.parametrize("ranges", [[(0, 2)], [(1, 3)], [(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0, 4)], [(0, 4), (4, 3)]])
+def test_version_spans_with_gap_or_overlap_are_refused(ranges: list[tuple[int, int]]) -> None:
+    spans = tuple(VersionSpan(version=V0, start=start, end=end) for start, end in ranges)
+    completion = make_completion("t", Kind.MULTI, None, 0, tokens=3)
+    with pytest.raises(ValidationError, match=r"version spans are .*; expected them to tile 3 token_ids without a gap"):
+        Completion.model_validate(completion.model_dump() | {"spans": spans})
 
 
 def test_a_group_has_one_view_per_way_it_was_asked() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from mars_shared.contracts import (
     expected_members,
 )
 from mars_shared.errors import ConfigError, InputError, RewardNotFiniteError
-from mars_shared.queue import Queue, Streams
+from mars_shared.queue import Claim, Queue, Streams
 from mars_shared.server import EmbeddedValkey
 
 STREAMS = Streams("reward-worker-test")
@@ -272,6 +273,35 @@ def test_a_restarted_worker_takes_up_what_it_held_without_waiting_for_the_lease(
         return found
 
     assert [one.group.group_id for one in asyncio.run(scenario())] == ["held"]
+
+
+def test_a_group_that_takes_too_long_at_a_stop_is_handed_back(valkey: EmbeddedValkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two groups that a predecessor held one is being scored, the other waits: both are claimable at once."""
+    scoring, answer = threading.Event(), threading.Event()
+
+    def hang(item: ScoreItem) -> Parts:
+        scoring.set()
+        answer.wait()
+        return Parts({"accuracy": 0.0}, parsed=True)
+
+    async def scenario() -> list[Claim | None]:
+        queue = Queue(valkey.url, lease_s=1e6)
+        await put(queue, *(group(task, truth=TextTruth(text="7")) for task in ("in hand", "waiting")))
+        for _ in range(2):
+            await queue.claim(STREAMS.rollouts, "reward-0", wait_s=1)
+        stop = asyncio.Event()
+        work = asyncio.create_task(RewardWorker(queue, STREAMS, "reward-0", recipe="hang", finish_s=0.1).run(stop))
+        await asyncio.to_thread(scoring.wait)
+        stop.set()
+        await work
+        answer.set()
+        claims = [await queue.claim(STREAMS.rollouts, "another", wait_s=0) for _ in range(2)]
+        await queue.close()
+        return claims
+
+    monkeypatch.setitem(RECIPES, "hang", {"text": hang})
+    claims = asyncio.run(scenario())
+    assert [(c.handed_back, c.deaths, c.errors) for c in claims if c is not None] == [(1, 1, 0)] * 2
 
 
 def test_the_worker_waits_for_a_redis_that_is_away_and_goes_on(valkey: EmbeddedValkey) -> None:

@@ -107,6 +107,7 @@ class Shop:
             yield
         finally:
             stop.set()
+            self.engine.gate.set()
             await work
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from mars_rollout.adhoc import GroupAnswer
 from mars_rollout.engine.base import Engine, EngineRequest
 from mars_rollout.group import GroupMaker
+from mars_rollout.policy import Policy
 from mars_rollout.render import PromptRenderer
 from mars_shared.contracts import RolloutGroup
-from rollout_fixtures import VERSIONS, History, ReplicaProcess, RunFolder, adhoc, make_prompt, png
+from mars_shared.weights import WeightsStore
+from rollout_fixtures import VERSIONS, History, ReplicaProcess, RunFolder, adhoc, make_prompt, png, publish
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -102,6 +105,38 @@ async def test_a_request_in_flight_goes_on_over_a_change_and_says_so(
     assert longest.spans[0].start == 0
     assert longest.spans[0].end == longest.spans[1].start
     assert longest.spans[1].end == len(longest.token_ids)
+
+
+async def test_with_continue_a_group_in_flight_goes_on_over_a_change_that_it_tolerates(
+    engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History, model_dir: Path, tmp_path: Path
+) -> None:
+    """1.4 is current when the group begins, 1.5 is announced while it is made: every token is by one of them."""
+    store = WeightsStore(tmp_path / "weights")
+    before, after = (manifest.version for manifest in history.manifests[3:5])
+    policy = Policy(engine, store, model_dir, in_flight="continue")
+    publish(store, history.tensors[3], before, model_dir)
+    long = make_prompt(run_folder.blobs).sampling.model_copy(update={"max_completion_length": 300})
+    prompt = make_prompt(run_folder.blobs, policy_version=before, max_staleness=1, sampling=long)
+
+    async def make() -> RolloutGroup:
+        async with policy.hold(prompt) as pull_s:
+            return await maker.make(prompt, pull_s=pull_s)
+
+    making = asyncio.create_task(make())
+    while not policy.current:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    publish(store, history.tensors[4], after, model_dir)
+    following = asyncio.create_task(policy.follow())
+    group = await making
+    following.cancel()
+    assert group.policy_version == before
+    longest = max(group.completions, key=lambda completion: len(completion.token_ids))
+    assert [span.version for span in longest.spans] == [before, after]
+    for completion in group.completions:
+        ends = [span.end for span in completion.spans]
+        assert [span.start for span in completion.spans] == [0, *ends[:-1]]
+        assert ends[-1] == len(completion.token_ids)
 
 
 async def test_changes_under_load_leave_training_answers_unharmed(

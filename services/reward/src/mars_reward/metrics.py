@@ -12,7 +12,7 @@ SECONDS = Histogram(
 )
 
 GROUPS = Counter("mars_reward_groups", "Groups taken from the queue, by what became of them", ["outcome"])
-"""`outcome` is "scored", "dead_letter", "retry" or "lease_lost"."""
+"""`outcome` is "scored", "dead_letter", "retry", "handed_back" or "lease_lost"."""
 
 FAILURES = Counter("mars_reward_failures", "Completions that got no reward, each attempt counted", ["reason"])
 """`reason` is that of the RewardError, as dead letters name it."""

@@ -32,6 +32,10 @@ MAX_DEATHS = 10
 """Attempts that ended without a word (a killed worker, a lost lease) after which a group is given up."""
 EVALUATION_RECIPE = "paper"
 """Evaluations average plain IoU and accuracy, whatever reward a run trains with."""
+FINISH_S = 10.0
+"""How long the group in hand may take to finish after a stop; then it is handed back."""
+HAND_BACK_S = 2.0
+"""How long handing one group back may take; then its lease lapses."""
 LOOK_S = 0.5
 """Longest wait for a new entry, and so for noticing a stop."""
 
@@ -97,39 +101,50 @@ class RewardWorker:
     Args:
         consumer: names this worker; unique among those alive and the same after a restart, so
             that a restarted worker takes up at once what it held.
+        finish_s: how long the group in hand may take to finish after a stop.
 
     Raises:
         ConfigError: unknown recipe.
     """
 
-    def __init__(self, queue: Queue, streams: Streams, consumer: str, *, recipe: str) -> None:
+    def __init__(self, queue: Queue, streams: Streams, consumer: str, *, recipe: str, finish_s: float = FINISH_S) -> None:
         self._queue = queue
         self._streams = streams
         self._consumer = consumer
         self._recipe = check_recipe(recipe)
+        self._finish_s = finish_s
+        self._held: list[Claim] | None = None
+        """What a predecessor of this name held; None: to be asked."""
         self.problem: str | None = None
         """Why no work can be taken at the moment; None when it can."""
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set; the group in hand is finished first, those that wait are handed back at once.
+        """Work until `stop` is set; the group in hand is finished first, or handed back after `finish_s`.
 
         At the start, and whenever Redis comes back, entries still held under this name come first.
         """
-        held: list[Claim] | None = None
+        async with asyncio.TaskGroup() as tasks:
+            working = tasks.create_task(self._work(stop))
+            await stop.wait()
+            await asyncio.wait({working}, timeout=self._finish_s)
+            working.cancel()
+        await asyncio.gather(*(self._hand_back(claim) for claim in self._held or ()))
+
+    async def _work(self, stop: asyncio.Event) -> None:
         pause_s = FIRST_PAUSE_S
         ended = asyncio.Event()  # not `stop`: what is handed back before the last claim may be in it, without its pause
         async with asyncio.TaskGroup() as waiting:
             while not stop.is_set():
                 try:
-                    if held is None:
-                        held = await self._queue.resume(self._streams.rollouts, self._consumer)
-                    claim = held.pop(0) if held else await self._next()
+                    if self._held is None:
+                        self._held = await self._queue.resume(self._streams.rollouts, self._consumer)
+                    claim = self._held.pop(0) if self._held else await self._next()
                     problem = await self._handle(claim) if claim is not None else None
                     if claim is not None and problem is not None:
-                        waiting.create_task(self._hand_back(claim, problem, ended))
+                        waiting.create_task(self._retry_later(claim, problem, ended))
                     self.problem, pause_s = None, FIRST_PAUSE_S
                 except QueueError as error:
-                    self.problem, held = str(error), None
+                    self.problem, self._held = str(error), None
                     logger.warning("waiting %.1f s: %s", pause_s, error)
                     await _wait(stop, pause_s)
                     pause_s = longer(pause_s)
@@ -146,6 +161,18 @@ class RewardWorker:
         except LeaseLostError as error:
             _lost(error)
             return None
+        except asyncio.CancelledError:
+            await self._hand_back(claim)
+            raise
+
+    async def _hand_back(self, claim: Claim) -> None:
+        try:
+            async with asyncio.timeout(HAND_BACK_S):
+                await self._queue.hand_back(claim)
+        except (QueueError, TimeoutError) as error:
+            logger.warning("%s is not handed back, so its lease lapses: %s", claim, error)
+        else:
+            GROUPS.labels(outcome="handed_back").inc()
 
     async def _score(self, claim: Claim) -> str | None:
         fault("reward.after_claim")
@@ -178,7 +205,7 @@ class RewardWorker:
         await self._queue.dead_letter(claim, reason, detail)
         GROUPS.labels(outcome="dead_letter").inc()
 
-    async def _hand_back(self, claim: Claim, problem: str, ended: asyncio.Event) -> None:
+    async def _retry_later(self, claim: Claim, problem: str, ended: asyncio.Event) -> None:
         """Keep the lease for a pause, which the worker's end cuts short, then report the error."""
         try:
             async with self._queue.keep(claim):
@@ -187,6 +214,9 @@ class RewardWorker:
             GROUPS.labels(outcome="retry").inc()
         except LeaseLostError as error:
             _lost(error)
+        except asyncio.CancelledError:
+            await self._hand_back(claim)
+            raise
         except QueueError as error:
             logger.warning("%s is not handed back and will be taken up when its lease ends: %s", claim, error)
 
