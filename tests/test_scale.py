@@ -185,7 +185,8 @@ def test_a_scaled_up_replica_that_cannot_start_is_given_up_and_the_run_goes_on(r
     run.programs[2] = BROKEN
     run.settle(3)
     run.until(lambda: run.supervisor.given_up)
-    run.stack.poll()
+    for _ in range(5):
+        run.stack.poll()
     assert run.log(2).count("out of memory") == 3
     assert run.state["given_up"]["rollout-2"].startswith("rollout-2 ended with exit code 1:\n  out of memory")
     assert list(run.state["replicas"]) == ["rollout-0", "rollout-1"]
@@ -203,6 +204,7 @@ def test_a_taken_port_is_said_and_the_run_goes_on(run: Run, command: Callable[..
         listener.close()
     assert done.returncode == 1
     assert f"rollout-2 could not be added: cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert len([line for line in run.said if line.startswith("rollout-2 is given up")]) == 1
     assert "scaled has 3 rollout replica(s): started rollout-3" in done.stdout
     assert is_alive(run.state["pids"]["rollout-0"]) and is_alive(run.state["pids"]["rollout-3"])
 
