@@ -19,6 +19,11 @@ NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Pa
 
 OTHER_VARIABLES = {
     "MARS_STACK": ("found out", "`make`: `cpu` or `cuda`, whatever hardware is there"),
+    "MARS_FAULT": (
+        "unset",
+        "for proofs alone: comma-separated `POINT[@PASS][:full]` of `mars_shared/faults.py`; the process kills itself there (`full`: "
+        "finds the disk full), each once a run",
+    ),
     "MARS_REFERENCE_DATA": ("unset", "tests: folder with `golden_rewards.json`; without it the tests that need it are skipped"),
 }
 """Read by tools and not by services."""

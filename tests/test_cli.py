@@ -37,6 +37,21 @@ def test_a_narrow_terminal_hides_nothing_of_an_answer(monkeypatch: pytest.Monkey
     assert "policy 2.150" in said.getvalue() and "+0.250" in said.getvalue()
 
 
+def test_an_answer_without_a_score_shows_why_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(cli, "console", Console(file=said, width=120))
+    completion = {"kind": "multi", "source": None, "text": "7"}
+    scores = [{"reward": 1.0, "parts": {"mine": 1.0}}, {"error": "items.1: reward 'mine' failed: KeyError: 'a'"}]
+    group = {"policy_version": {"incarnation": 2, "step": 150}, "completions": [completion, completion]}
+    cli._print_rollouts({"group": group, "scores": scores, "gain": None})
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.getvalue().splitlines() if line.startswith("│")]
+    assert rows == [
+        ["multi", "all", "7", "1.000", "mine 1.00"],
+        ["multi", "all", "7", "none", "items.1: reward 'mine' failed: KeyError: 'a'"],
+    ]
+    assert "gain" not in said.getvalue()
+
+
 def test_a_taken_port_is_named_with_the_option_that_moves_it(tmp_path: Path, root: Path) -> None:
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]

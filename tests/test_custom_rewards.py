@@ -10,16 +10,25 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mars_reward import custom
 from mars_reward.custom import CustomReward
-from mars_reward.metrics import TIME_OUTS
+from mars_reward.metrics import FAILURES
 from mars_reward.registry import RECIPES, offered, score
 from mars_shared.contracts import BoxesTruth, ScoreItem, TextTruth
-from mars_shared.errors import ConfigError, RewardError
+from mars_shared.errors import (
+    ConfigError,
+    RewardCpuTimeoutError,
+    RewardDiedError,
+    RewardError,
+    RewardNotFiniteError,
+    RewardTimeoutError,
+)
+from reward_traps import SPEC
 
 REWARDS = """
 from __future__ import annotations
 
-import asyncio, os, re, subprocess, sys, time
+import asyncio, subprocess, sys
 from dataclasses import dataclass
 
 LOCK = asyncio.Lock()
@@ -40,23 +49,6 @@ async def patient(completion, truth, *, question):
 
 def boxes(completion, truth, *, question):
     return float(truth == [[1.0, 2.0, 3.0, 4.0]])
-
-def trap(completion, truth, *, question):
-    if completion == "loop":
-        while True: pass
-    if completion == "regex":
-        re.match(r"(a+)+$", "a" * 60 + "b")
-    if completion == "exit":
-        os._exit(0)
-    if completion == "sleep":
-        time.sleep(600)
-    if completion == "raise":
-        raise KeyError("no such thing")
-    if completion == "nan":
-        return float("nan")
-    if completion == "text":
-        return "good"
-    return 1.0
 
 def trl_style(prompts, completions, answer, **columns):
     assert columns["ground_truth"] == answer
@@ -87,8 +79,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trap(file: Path) -> Iterator[CustomReward]:
-    reward = CustomReward(f"{file}:trap", 0.5, sandboxes=1).start()
+def trap() -> Iterator[CustomReward]:
+    reward = CustomReward(SPEC, 0.5, sandboxes=1).start()
     yield reward
     reward.stop()
 
@@ -120,30 +112,53 @@ def test_a_function_with_trls_signature_scores_through_the_adapter(file: Path) -
         assert score(item("it is 7"), f"trl:{file}:trl_style").reward == 13.0
 
 
-@pytest.mark.parametrize(("completion", "cause"), [("loop", "cpu"), ("regex", "cpu"), ("exit", "exit"), ("sleep", "wall")])
-def test_what_never_ends_costs_one_item(trap: CustomReward, completion: str, cause: str) -> None:
-    counter = TIME_OUTS.labels(cause=cause)._value
-    before = counter.get()
-    found = trap(item(completion))
-    assert (dict(found.parts), found.parsed) == ({}, False)
-    assert counter.get() == before + 1
+@pytest.mark.parametrize(
+    ("completion", "error", "message"),
+    [
+        ("loop", RewardCpuTimeoutError, r"used more than 0.5 CPU seconds \(reward.time_limit_s\)"),
+        ("regex", RewardCpuTimeoutError, "used more than 0.5 CPU seconds"),
+        ("sleep", RewardTimeoutError, "took longer than 2 s by the clock"),
+        ("never", RewardTimeoutError, "took longer than 2 s by the clock"),
+        ("exit", RewardDiedError, r"ended its process \(exit code 0\)"),
+        ("close", RewardDiedError, "closed the pipe of its process"),
+    ],
+)
+def test_what_never_comes_back_is_an_error_of_its_own_kind_and_costs_one_item(
+    trap: CustomReward, monkeypatch: pytest.MonkeyPatch, completion: str, error: type[RewardError], message: str
+) -> None:
+    if error is RewardTimeoutError:
+        monkeypatch.setattr(custom, "WALL_FACTOR", 2.0)
+    monkeypatch.setattr(custom, "EXIT_S", 0.5)
+    with pytest.raises(RewardError, match=message) as raised:
+        trap(item(completion))
+    assert type(raised.value) is error
+    monkeypatch.undo()
     assert trap(item("fine")).parts == {"trap": 1.0}
 
 
-def test_a_process_that_died_between_two_items_costs_one_item_at_most(trap: CustomReward) -> None:
+def test_a_process_that_died_between_two_items_costs_none(trap: CustomReward) -> None:
     assert trap(item("fine")).parts == {"trap": 1.0}
     (sandbox,) = trap._started
     assert sandbox._process is not None
     sandbox._process.kill()
     sandbox._process.wait()
-    assert trap(item("fine")).parsed is False
     assert trap(item("fine")).parts == {"trap": 1.0}
 
 
-def test_no_sandbox_outlives_a_killed_service(file: Path, tmp_path: Path) -> None:
-    service = subprocess.Popen(
-        [sys.executable, "-c", OWNER, f"{file}:trap"], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+def test_a_module_that_fails_at_a_second_start_is_a_failed_reward_and_no_wrong_setting(tmp_path: Path) -> None:
+    module = tmp_path / "fragile.py"
+    module.write_text("import os\ndef reward(completion, truth, *, question):\n    os._exit(3)\n")
+    reward = CustomReward(f"{module}:reward", 5.0, sandboxes=1).start()
+    with pytest.raises(RewardDiedError, match=r"\(exit code 3\)"):
+        reward(item("x"))
+    module.write_text("import no_such_module_at_all")
+    with pytest.raises(RewardError, match="No module named 'no_such_module_at_all'"):
+        reward(item("x"))
+    reward.stop()
+
+
+def test_no_sandbox_outlives_a_killed_service() -> None:
+    service = subprocess.Popen([sys.executable, "-c", OWNER, SPEC], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert service.stdout is not None
     sandbox = psutil.Process(int(service.stdout.readline()))
     service.kill()
@@ -154,12 +169,38 @@ def test_no_sandbox_outlives_a_killed_service(file: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("completion", "message"),
-    [("raise", "KeyError: 'no such thing'"), ("nan", "gave nan for 'trap'; expected a finite number"), ("text", "ValueError")],
+    [
+        ("raise", "KeyError: 'no such thing'"),
+        ("surrogate", r"ValueError: a text that no encoder takes: \\ud800"),
+        ("text", "ValueError: could not convert string to float: 'good'"),
+        ("none", "TypeError"),
+        ("empty", "trap returned no parts; expected a number or named parts"),
+    ],
 )
-def test_a_function_that_fails_names_its_error_and_goes_on(trap: CustomReward, completion: str, message: str) -> None:
-    with pytest.raises(RewardError, match=message):
+def test_a_function_that_fails_names_its_error_with_the_traceback_and_goes_on(
+    trap: CustomReward, completion: str, message: str
+) -> None:
+    with pytest.raises(RewardError, match=message) as raised:
         trap(item(completion))
+    assert raised.value.reason == "reward failed"
+    assert "Traceback" in raised.value.traceback and message.partition(":")[0] in raised.value.traceback
     assert trap(item("fine")).parts == {"trap": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        ("nan", "c 1: reward part 'trap' is nan; expected a finite number"),
+        ("inf", "c 1: reward part 'large' is inf; expected a finite number"),
+        ("sum", r"c 1: the sum of the reward's parts \{'a': 1e\+308, 'b': 1e\+308\} is beyond float64"),
+    ],
+)
+def test_a_reward_that_is_not_finite_is_an_error_that_names_completion_and_part(completion: str, message: str) -> None:
+    counter = FAILURES.labels(reason="reward is not finite")._value
+    before = counter.get()
+    with offered(SPEC, time_limit_s=5), pytest.raises(RewardNotFiniteError, match=message):
+        score(item(completion), SPEC, what="c 1")
+    assert counter.get() == before + 1
 
 
 @pytest.mark.parametrize(

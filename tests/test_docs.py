@@ -20,14 +20,14 @@ from builders import scored_with
 from mars_reward.app import build_app as reward_app
 from mars_rollout.app import build_app as rollout_app
 from mars_shared.cli import app as command_line
-from mars_shared.contracts import PolicyVersion
+from mars_shared.contracts import PolicyVersion, ScoredGroup, VersionSpan
 from mars_shared.settings import Deployment, TrainSection
 from mars_trainer.app import build_app as trainer_app
 from mars_trainer.batch import Batch
 from mars_trainer.credit import credit
 from mars_trainer.learner import _metrics as learner_metrics
 from mars_trainer.loop import Progress
-from mars_trainer.metrics import rollout_metrics
+from mars_trainer.metrics import rollout_metrics, staleness_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -152,13 +152,20 @@ def test_every_route_is_documented_and_every_documented_route_exists(clean_envir
     assert set(re.findall(r"`(?:GET|POST) (/\S+)`", openai)) == openai_routes()
 
 
+def with_spans(scored: ScoredGroup) -> ScoredGroup:
+    group = scored.group
+    spans = (VersionSpan(version=group.policy_version, start=0, end=3),)
+    completions = tuple(completion.model_copy(update={"spans": spans}) for completion in group.completions)
+    return scored.model_copy(update={"group": group.model_copy(update={"completions": completions})})
+
+
 def test_every_training_metric_is_documented_and_the_other_way_round() -> None:
     scored = scored_with((1, 0), {"visible": (1,), "infrared": (0,)})
     credits = [credit(scored, TrainSection(steps=1, prompts_per_step=1, learning_rate=1e-3), 8)]
     totals: Any = dict.fromkeys(("loss", "kl", "entropy", "clip_low", "clip_high", "clip_dual", "grad_norm", "tokens"), 1.0)
     totals |= {"sampler_difference": 1.0, "sampler_difference_max": 1.0}
     found = set(rollout_metrics([scored], credits) | learner_metrics(totals, updates=1, learning_rate=1.0))
-    found |= set(Batch(wanted=1, filters=False).metrics)
+    found |= set(Batch(wanted=1, kept=(), dropped=()).metrics | staleness_metrics([with_spans(scored)], 3))
     named = {re.sub(r"^gain/.*", "gain/<source>", re.sub(r"^reward/.*", "reward/<part>", name)) for name in found}
     metrics = (ROOT / "docs/metrics.md").read_text(encoding="utf-8").partition("## Event log")[0]
     assert set(re.findall(r"^\| `([^`]+)`", metrics, re.M)) == named

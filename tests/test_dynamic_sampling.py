@@ -7,153 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from builders import make_group, make_score, make_scored
-from mars_shared.blobs import BlobStore
-from mars_shared.contracts import PolicyVersion, Prompt, ScoredGroup
+from loop_doubles import Pupil, Replies, Shelf, make_run
+from mars_shared.contracts import PolicyVersion
 from mars_shared.errors import InputError
-from mars_shared.queue import Claim, DeadLetter
-from mars_shared.settings import load_recipe
-from mars_shared.telemetry import EventLog, read_events
-from mars_trainer.checkpoint import Checkpoint, Ledger
-from mars_trainer.credit import Credit
-from mars_trainer.datasets import RunData, Sample, load_dataset
-from mars_trainer.dispatch import PromptMaker, place_of
+from mars_shared.queue import Claim
+from mars_shared.telemetry import read_events
+from mars_trainer.datasets import RunData, Sample
+from mars_trainer.dispatch import place_of
 from mars_trainer.evaluate import read_results
-from mars_trainer.exchange import Answer, Death, Retry
-from mars_trainer.loop import Progress, TrainingRun
-from mars_trainer.samples import SampleLog
-
-RECIPE = """
-[run]
-name = "test"
-dir = "{dir}"
-[model]
-path = "{dir}"
-max_model_len = 256
-[data]
-dataset = "digits"
-[rollout]
-num_generations = 2
-max_completion_length = 8
-[train]
-steps = 3
-prompts_per_step = 3
-learning_rate = 1e-3
-checkpoint_every = 1
-dynamic_sampling = "pool"
-max_generation_batches = 3
-"""
-
-
-LETTER = DeadLetter("1-0", b"", "key", "ImageError", "source 'visible' is torn", "mars:test:prompts", 1, 0.0)
-
-
-class Replies:
-    """Answers every prompt; rewards differ for the dispatch indices in `telling` alone, and those in `deadly` die."""
-
-    def __init__(self, telling: Iterable[int], deadly: Iterable[int] = ()) -> None:
-        self.telling, self.deadly = set(telling), set(deadly)
-        self.waiting: list[Prompt] = []
-        self.retries: list[Retry] = []
-        self.asked: list[list[int]] = []
-        self.acknowledged: list[int] = []
-
-    def ask(self, prompts: Iterable[Prompt]) -> None:
-        self.waiting += prompts
-
-    async def receive(self) -> tuple[list[Answer], list[Death]]:
-        prompts, self.waiting = self.waiting, []
-        if prompts:
-            self.asked.append([prompt.dispatch_index for prompt in prompts])
-        deaths = [Death(prompt, LETTER) for prompt in prompts if prompt.dispatch_index in self.deadly]
-        return [self._answer(prompt) for prompt in prompts if prompt.dispatch_index not in self.deadly], deaths
-
-    async def gather(self, prompts: Iterable[Prompt], *, on_death: Any) -> list[Answer]:
-        self.ask(prompts)
-        return (await self.receive())[0]
-
-    def take_retry(self) -> Retry | None:
-        return self.retries.pop(0) if self.retries else None
-
-    async def start(self, dispatched: Sequence[Prompt] = (), **_: Any) -> list[Prompt]:
-        """Nothing is left from before."""
-        return list(dispatched)
-
-    async def acknowledge(self, claims: Iterable[Claim]) -> None:
-        self.acknowledged += [int(claim.entry_id) for claim in claims]
-
-    def _answer(self, prompt: Prompt) -> Answer:
-        return Answer(Claim("s", str(prompt.dispatch_index), "c", 1, b""), self._scored(prompt))
-
-    def _scored(self, prompt: Prompt) -> ScoredGroup:
-        group = make_group(prompt)
-        rest = 0.0 if prompt.dispatch_index in self.telling else 1.0
-        return make_scored(group, [make_score(1.0), *(make_score(rest) for _ in group.completions[1:])])
-
-
-class Pupil:
-    """Notes which dispatch indices it is taught, step by step."""
-
-    def __init__(self) -> None:
-        self.steps: list[list[int]] = []
-        self.model = None
-
-    def step(self, groups: Sequence[ScoredGroup], credits: Sequence[Credit]) -> dict[str, float]:
-        self.steps.append([scored.group.prompt.dispatch_index for scored in groups])
-        return {}
-
-    def skip(self) -> None:
-        self.steps.append([])
-
-    def model_tensors(self) -> dict[str, Any]:
-        return {}
-
-    optimizer_tensors = model_tensors
-
-
-class Shelf:
-    """Keeps checkpoints and published versions in memory."""
-
-    def __init__(self) -> None:
-        self.checkpoints: list[Checkpoint] = []
-        self.versions: list[PolicyVersion] = []
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        self.checkpoints.append(checkpoint)
-
-    def publish(self, model: object, version: PolicyVersion) -> None:
-        self.versions.append(version)
-
-    def is_damaged(self) -> bool:
-        return False
-
-
-def make_run(folder: Path, replies: Replies, pupil: Pupil, shelf: Shelf, **train: Any) -> TrainingRun:
-    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    (folder / "recipe.toml").write_text(RECIPE.format(dir=folder))
-    recipe = load_recipe(folder / "recipe.toml")
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
-    version = PolicyVersion(incarnation=1, step=0)
-    return TrainingRun(
-        recipe=recipe,
-        data=RunData(load_dataset("digits").train, {}),
-        learner=cast(Any, pupil),
-        prompts=PromptMaker(recipe, BlobStore(folder / "blobs")),
-        training=cast(Any, replies),
-        evaluation=cast(Any, SimpleNamespace()),
-        publisher=cast(Any, shelf),
-        checkpoints=cast(Any, shelf),
-        events=EventLog(folder / "events.jsonl"),
-        samples=SampleLog(folder / "groups.jsonl"),
-        evaluations=folder / "evaluations",
-        ledger=Ledger(run="test", model="m", version=version, next_dispatch_index=0, consumed=()),
-        progress=Progress(run="test", steps=3, version=version),
-    )
+from mars_trainer.exchange import Retry
 
 
 async def test_groups_without_signal_are_replaced_by_the_next_prompts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import redis
 
-from mars_shared.errors import ConfigError, LeaseLostError, QueueError, QueueUnavailableError
+from mars_shared.errors import ConfigError, FencedError, LeaseLostError, QueueError, QueueUnavailableError
 from mars_shared.queue import Claim, PutResult, Queue, Streams
 from mars_shared.server import EmbeddedValkey
 
@@ -107,6 +107,40 @@ async def test_a_duplicate_is_refused_even_after_the_first_was_completed(queue: 
     await queue.complete(await claim(queue, streams.prompts, "w"))
     assert await queue.put(streams.prompts, b"again", dedupe_key="a", bound=1) is PutResult.DUPLICATE
     assert await queue.put(streams.rollouts, b"a", dedupe_key="a", bound=1) is PutResult.PUT, "keys are per stream"
+
+
+async def test_puts_of_an_older_incarnation_are_refused_from_the_moment_a_newer_one_begins(
+    queue: Queue, streams: Streams
+) -> None:
+    async def offer(key: str, incarnation: int | None) -> PutResult:
+        return await queue.put(streams.prompts, b"x", dedupe_key=key, bound=3, incarnation=incarnation)
+
+    await queue.begin_incarnation(streams.run, 9)
+    assert await offer("a", 9) is PutResult.PUT
+    await queue.begin_incarnation(streams.run, 10)
+    await queue.begin_incarnation(streams.run, 10)
+    with pytest.raises(FencedError, match=f"'{streams.run}': incarnation 9 .* incarnation 10 is recorded: another trainer"):
+        await offer("a", 9)
+    with pytest.raises(FencedError, match="another trainer has taken over"):
+        await queue.begin_incarnation(streams.run, 9)
+    assert await offer("b", 10) is PutResult.PUT, "the refused ones have not set the record back"
+    assert await offer("c", None) is PutResult.PUT
+    assert list((await queue.outstanding(streams.prompts)).values()) == ["a", "b", "c"]
+    await queue.begin_incarnation(f"{streams.run}-2", 1)
+
+
+async def test_after_a_flush_the_living_incarnations_next_put_fences_again(
+    queue: Queue, streams: Streams, server: redis.Redis
+) -> None:
+    async def offer(key: str, incarnation: int) -> PutResult:
+        return await queue.put(streams.prompts, b"x", dedupe_key=key, bound=9, incarnation=incarnation)
+
+    await queue.begin_incarnation(streams.run, 2)
+    server.flushall()
+    assert await offer("late", 1) is PutResult.PUT, "nothing is left that could refuse it"
+    assert await offer("mine", 2) is PutResult.PUT
+    with pytest.raises(FencedError):
+        await offer("later", 1)
 
 
 async def test_a_dead_consumers_item_is_taken_over_after_the_lease_and_not_before(queue: Queue, streams: Streams) -> None:
@@ -219,6 +253,58 @@ async def test_a_death_counts_as_an_attempt_and_not_as_an_error(queue: Queue, st
     assert (second.attempt, second.errors) == (2, 0)
 
 
+async def test_an_item_handed_back_is_claimable_at_once_and_counts_as_neither_error_nor_death(
+    queue: Queue, streams: Streams
+) -> None:
+    await put(queue, streams.prompts, "a")
+    first = await claim(queue, streams.prompts, "w1")
+    await queue.hand_back(first)
+    with pytest.raises(LeaseLostError):
+        await queue.hand_back(first)
+    second = await claim(queue, streams.prompts, "w2")
+    assert (second.entry_id, second.attempt, second.errors, second.handed_back) == (first.entry_id, 2, 0, 1)
+    assert second.deaths == 0
+    await queue.retry(second, "no luck")
+    await claim(queue, streams.prompts, "w3")
+    (fourth,) = await queue.resume(streams.prompts, "w3")
+    # Four attempts: one handed back, one error, one death, and this one.
+    assert (fourth.attempt, fourth.errors, fourth.handed_back, fourth.deaths) == (4, 1, 1, 1)
+
+
+async def test_lone_deaths_are_the_lone_attempts_that_ended_without_a_word(queue: Queue, streams: Streams) -> None:
+    await put(queue, streams.prompts, "a")
+    held = await claim(queue, streams.prompts, "w")
+    await queue.begin_alone(held)
+    await queue.begin_alone(held)
+    (held,) = await queue.resume(streams.prompts, "w")
+    assert (held.deaths, held.lone_deaths) == (1, 1)
+    (held,) = await queue.resume(streams.prompts, "w")
+    assert (held.deaths, held.lone_deaths) == (2, 1), "that attempt was not a lone one"
+    await queue.begin_alone(held)
+    await queue.hand_back(held)
+    held = await claim(queue, streams.prompts, "w")
+    assert (held.deaths, held.lone_deaths) == (2, 1), "handed back: it ended with a word"
+    await queue.begin_alone(held)
+    await queue.retry(held, "no luck")
+    held = await claim(queue, streams.prompts, "w")
+    assert (held.deaths, held.lone_deaths) == (2, 1), "an error: it ended with a word"
+    await queue.retry(held, "no luck either")
+    held = await claim(queue, streams.prompts, "w")
+    assert (held.attempt, held.deaths, held.lone_deaths) == (6, 2, 1), "an attempt that was no lone one takes none off"
+
+
+async def test_a_late_consumer_begins_nothing_and_hands_nothing_back(queue: Queue, streams: Streams) -> None:
+    await put(queue, streams.prompts, "a")
+    late = await claim(queue, streams.prompts, "w")
+    (current,) = await queue.resume(streams.prompts, "w")
+    for say in (queue.begin_alone, queue.hand_back):
+        with pytest.raises(LeaseLostError):
+            await say(late)
+    await queue.heartbeat(current)
+    (again,) = await queue.resume(streams.prompts, "w")
+    assert (again.handed_back, again.lone_deaths) == (0, 0)
+
+
 async def test_a_returned_item_is_claimable_whatever_the_lease(valkey: EmbeddedValkey, streams: Streams) -> None:
     queue = Queue(valkey.url, lease_s=math.inf)
     await put(queue, streams.prompts, "a")
@@ -229,10 +315,33 @@ async def test_a_returned_item_is_claimable_whatever_the_lease(valkey: EmbeddedV
     await queue.close()
 
 
-async def test_error_counts_end_with_their_item(queue: Queue, streams: Streams, server: redis.Redis) -> None:
+@pytest.mark.parametrize("end", ["complete", "acknowledge", "remove", "dead_letter", "deleted"])
+async def test_counts_of_attempts_end_with_their_item(queue: Queue, streams: Streams, server: redis.Redis, end: str) -> None:
     await put(queue, streams.prompts, "a")
     await queue.retry(await claim(queue, streams.prompts, "w"), "e")
-    await queue.complete(await claim(queue, streams.prompts, "w"))
+    await queue.hand_back(await claim(queue, streams.prompts, "w"))
+    for _ in range(2):
+        held = await claim(queue, streams.prompts, "w")
+        await queue.begin_alone(held)
+        (held,) = await queue.resume(streams.prompts, "w")
+        await queue.retry(held, "e")
+    held = await claim(queue, streams.prompts, "w")
+    await queue.begin_alone(held)
+    counts = {"": "3", ":handed_back": "1", ":alone": "3", ":alone_attempt": str(held.attempt)}
+    assert server.hgetall(f"{streams.prompts}:errors") == {
+        f"{held.entry_id}{field}".encode(): count.encode() for field, count in counts.items()
+    }
+    if end == "complete":
+        await queue.complete(held)
+    elif end == "acknowledge":
+        await queue.acknowledge([held])
+    elif end == "remove":
+        await queue.remove(streams.prompts, [held.entry_id])
+    elif end == "dead_letter":
+        await queue.dead_letter(held, "r", "d")
+    else:
+        server.xdel(streams.prompts, held.entry_id)
+        await queue.resume(streams.prompts, "w")
     assert server.exists(f"{streams.prompts}:errors") == 0
 
 
@@ -356,17 +465,23 @@ async def test_a_full_memory_is_back_pressure_and_drains(queue: Queue, streams: 
     await put(queue, streams.prompts, "a", "b", "c")
     server.config_set("maxmemory", 1)
     try:
+        await queue.begin_incarnation(streams.run, 4)
         assert await queue.put(streams.prompts, b"d", dedupe_key="d", bound=10) is PutResult.FULL
         assert await queue.put(streams.scored("new"), b"d", dedupe_key="d", bound=10) is PutResult.FULL
         await queue.complete(await claim(queue, streams.prompts, "w"), forward=streams.rollouts, payload=b"group")
         await queue.complete(await claim(queue, streams.rollouts, "r"))
         assert await queue.retry(await claim(queue, streams.prompts, "w"), "e") == 1
-        await queue.dead_letter(await claim(queue, streams.prompts, "w"), "r", "d")
+        await queue.hand_back(await claim(queue, streams.prompts, "w"))
+        suspect = await claim(queue, streams.prompts, "w")
+        await queue.begin_alone(suspect)
+        await queue.dead_letter(suspect, "r", "d")
         assert await queue.claim(streams.scored("new"), "w", wait_s=0) is None
     finally:
         server.config_set("maxmemory", 0)
     assert await queue.put(streams.prompts, b"d", dedupe_key="d", bound=10) is PutResult.PUT
     assert [await queue.depth(streams.prompts), await queue.depth(streams.dead)] == [2, 1]
+    with pytest.raises(FencedError):
+        await queue.begin_incarnation(streams.run, 3)
 
 
 async def test_many_concurrent_consumers_get_each_item_exactly_once(valkey: EmbeddedValkey, streams: Streams) -> None:

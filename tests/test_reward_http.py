@@ -10,10 +10,11 @@ import httpx
 import pytest
 
 from mars_reward.app import build_app
-from mars_reward.registry import RECIPES, Parts, score, to_score
+from mars_reward.registry import RECIPES, Parts, offered, score, to_score
 from mars_shared.contracts import ScoreItem, TextTruth
-from mars_shared.errors import ConfigError, InputError
+from mars_shared.errors import ConfigError, RewardNotFiniteError
 from mars_shared.settings import Deployment
+from reward_traps import SPEC
 
 TEXT_ITEM = {"completion": "<think>r</think><answer>two</answer>", "truth": {"kind": "text", "text": "two or 2"}}
 BOX_ITEM = {
@@ -129,9 +130,26 @@ def test_metrics_count_items_by_kind_of_truth() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_reward_that_is_not_finite_is_an_error_that_names_the_completion(value: float) -> None:
-    with pytest.raises(InputError, match=r"item 3: reward part 'iou' is (nan|inf)"):
-        to_score(Parts({"format": 0.5, "iou": value}, parsed=True), what="item 3")
+def test_a_reward_that_is_not_finite_is_an_error_that_names_its_part(value: float) -> None:
+    with pytest.raises(RewardNotFiniteError, match=r"reward part 'iou' is (nan|inf)"):
+        to_score(Parts({"format": 0.5, "iou": value}, parsed=True))
+
+
+def test_an_item_whose_reward_fails_has_its_error_in_its_place_and_the_others_keep_their_scores() -> None:
+    completions = ["fine", "raise", "exit", "nan", "loop", "fine"]
+    truth = {"kind": "text", "text": "7"}
+    with offered(SPEC, time_limit_s=0.5):
+        items = [{"completion": completion, "truth": truth} for completion in completions]
+        response = call("POST", "/v1/score", json={"items": items, "recipe": SPEC})
+    assert response.status_code == 200
+    scores = response.json()["scores"]
+    fine = {"reward": 1.0, "parts": {"trap": 1.0}, "parsed": True}
+    assert scores[0] == scores[5] == fine
+    assert [list(found) for found in scores[1:5]] == [["error"]] * 4
+    assert scores[1]["error"] == f"items.1: reward {SPEC!r} failed: KeyError: 'no such thing'"
+    assert scores[2]["error"] == f"items.2: reward {SPEC!r} ended its process (exit code 0)"
+    assert scores[3]["error"] == "items.3: reward part 'trap' is nan; expected a finite number"
+    assert scores[4]["error"] == f"items.4: reward {SPEC!r} used more than 0.5 CPU seconds (reward.time_limit_s)"
 
 
 def test_every_recipe_scores_every_kind_of_truth() -> None:

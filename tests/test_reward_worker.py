@@ -33,7 +33,7 @@ from mars_shared.contracts import (
     Truth,
     expected_members,
 )
-from mars_shared.errors import ConfigError, InputError
+from mars_shared.errors import ConfigError, InputError, RewardNotFiniteError
 from mars_shared.queue import Queue, Streams
 from mars_shared.server import EmbeddedValkey
 
@@ -109,7 +109,7 @@ def test_an_error_names_the_completion_in_the_group(monkeypatch: pytest.MonkeyPa
         return Parts({"iou": float("nan") if item.frame and item.frame.width == 200 else 0.0}, parsed=True)
 
     monkeypatch.setitem(RECIPES, "nan", {"text": nan_for_infrared})
-    with pytest.raises(InputError, match="group t, mono completion 0 of source 'infrared': reward part 'iou' is nan"):
+    with pytest.raises(RewardNotFiniteError, match="group t, mono completion 0 of source 'infrared': reward part 'iou' is nan"):
         score_group(group("t", truth=TextTruth(text="7")), "nan")
 
 
@@ -155,7 +155,7 @@ def with_workers(url: str, scenario: Callable[[Queue], Awaitable[Any]], *, recip
     async def run() -> Any:
         stop = asyncio.Event()
         queues = [Queue(url, lease_s=2.0) for _ in range(workers + 1)]
-        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(180), asyncio.TaskGroup() as tasks:
             for index in range(workers):
                 worker = RewardWorker(queues[index], STREAMS, f"reward-{index}", recipe=recipe)
                 tasks.create_task(worker.run(stop))
@@ -220,6 +220,7 @@ def test_an_unexpected_error_is_tried_three_times_then_kept_with_its_traceback(
     assert len(calls) == MAX_ERRORS == 3
     assert letter.reason == "reward failed"
     assert "Traceback" in letter.detail and "ZeroDivisionError: a slip in a scorer" in letter.detail
+    assert "while scoring group t, multi completion 0" in letter.detail
     assert json.loads(letter.payload)["prompt"]["task_id"] == "t"
 
 

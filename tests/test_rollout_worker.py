@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import redis
 import torch
 
 from mars_rollout.group import GroupMaker
 from mars_rollout.policy import Policy
 from mars_rollout.render import PromptRenderer
-from mars_rollout.worker import MAX_DEATHS, RolloutWorker
+from mars_rollout.worker import MAX_DEATHS, MAX_LONE_DEATHS, SUSPECT_DEATHS, RolloutWorker
 from mars_shared.contracts import PolicyVersion, RolloutGroup, WeightManifest
 from mars_shared.errors import IntegrityError, NotReadyError
+from mars_shared.lua import GROUP
 from mars_shared.queue import Queue, Streams
 from mars_shared.weights import WeightsStore
 from rollout_doubles import ScriptedEngine
@@ -38,6 +40,7 @@ class Shop:
     queue: Queue
     streams: Streams
     worker: RolloutWorker
+    server: redis.Redis
     put_count: int = 0
 
     def publish(self, step: int, incarnation: int = 1) -> WeightManifest:
@@ -64,6 +67,29 @@ class Shop:
     async def until_empty(self) -> None:
         while await self.queue.depth(self.streams.prompts):
             await asyncio.sleep(0.01)
+
+    async def make_suspicious(self) -> None:
+        """Let attempts at the next entry end without a word; then it is claimable by anyone."""
+        claim = await self.queue.claim(self.streams.prompts, "ghost", wait_s=0)
+        for _ in range(SUSPECT_DEATHS):
+            (claim,) = await self.queue.resume(self.streams.prompts, "ghost")
+        await self.queue.hand_back(claim)
+
+    async def until_held_by(self, consumer: str, count: int) -> None:
+        """Return once that consumer holds so many prompts."""
+        while len(self.server.xpending_range(self.streams.prompts, GROUP, "-", "+", 100, consumer)) != count:
+            await asyncio.sleep(0.01)
+
+    @asynccontextmanager
+    async def dying(self) -> AsyncIterator[None]:
+        """A worker that ends as by kill -9: without a word about what is in its hands. The next one bears its name."""
+        work = asyncio.create_task(self.worker.run(asyncio.Event()))
+        yield
+        self.engine.alive = False
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        self.engine.alive = True
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -92,7 +118,8 @@ async def shop(tmp_path: Path, model_dir: Path, redis_url: str, renderer: Prompt
         concurrency=2,
         healthy=lambda: engine.alive and policy.fault is None,
     )
-    yield Shop(place, store, engine, policy, queue, streams, worker)
+    with redis.Redis.from_url(redis_url, protocol=2) as server:
+        yield Shop(place, store, engine, policy, queue, streams, worker, server)
     await queue.close()
 
 
@@ -220,7 +247,7 @@ async def test_a_dead_engine_ends_the_worker_and_leaves_the_prompt_uncounted(sho
         await shop.worker.run(asyncio.Event())
     assert raised.group_contains(NotReadyError)
     (claim,) = await shop.queue.resume(shop.streams.prompts, "replica-0")
-    assert claim.errors == 0
+    assert (claim.errors, claim.handed_back, claim.deaths) == (0, 0, 1)
 
 
 async def test_corrupt_weights_end_the_replica_by_name(shop: Shop) -> None:
@@ -265,7 +292,7 @@ async def test_a_restarted_replica_takes_up_what_it_held_without_waiting_for_its
         assert {(await shop.result()).group_id, (await shop.result()).group_id} == {"held", "later"}
 
 
-async def test_a_prompt_that_every_replica_dies_of_is_given_up(shop: Shop) -> None:
+async def test_a_prompt_that_replicas_died_of_in_whatever_company_is_given_up_late(shop: Shop) -> None:
     shop.publish(1)
     await shop.put(policy_version=version(1))
     await shop.queue.claim(shop.streams.prompts, "replica-0", wait_s=0)
@@ -274,5 +301,89 @@ async def test_a_prompt_that_every_replica_dies_of_is_given_up(shop: Shop) -> No
     async with shop.working():
         await shop.until_empty()
     (letter,) = await shop.queue.dead(shop.streams.run)
-    assert letter.reason == "replica died"
+    assert (letter.reason, letter.attempt) == ("replica died", MAX_DEATHS + 1)
+    assert "20 attempts to make its group ended without a word, 0 of them with no other group" in letter.detail
     assert shop.engine.requests == []
+
+
+async def test_a_poison_is_found_after_five_deaths_and_what_was_in_hand_beside_it_is_innocent(shop: Shop) -> None:
+    shop.publish(1)
+    shop.engine.gate.clear()
+    await shop.put(policy_version=version(1), task="poison")
+    await shop.put(policy_version=version(1), task="healthy")
+    for _ in range(SUSPECT_DEATHS):
+        async with shop.dying():
+            await shop.engine.until_running(6)
+    for _ in range(MAX_LONE_DEATHS):
+        async with shop.dying():
+            await shop.engine.until_running(3)
+            await asyncio.sleep(0.2)
+            assert shop.engine.running == 3, "nothing else is in hand"
+    shop.engine.gate.set()
+    async with shop.working():
+        assert (await shop.result()).group_id == "healthy"
+        await shop.until_empty()
+    (letter,) = await shop.queue.dead(shop.streams.run)
+    assert (letter.key, letter.reason, letter.attempt) == ("key-1", "replica died", 6)
+    assert "5 attempts to make its group ended without a word, 3 of them with no other group" in letter.detail
+
+
+async def test_a_suspicious_prompt_waits_until_nothing_else_is_in_hand_and_keeps_its_lease(shop: Shop) -> None:
+    shop.publish(1)
+    shop.engine.gate.clear()
+    await shop.put(policy_version=version(1), task="first")
+    async with shop.working():
+        await shop.engine.until_running(3)
+        await shop.put(policy_version=version(1), task="suspicious")
+        await shop.make_suspicious()
+        await shop.until_held_by("replica-0", 2)
+        await shop.put(policy_version=version(1), task="last")
+        await asyncio.sleep(0.2)
+        assert len(shop.engine.requests) == 3
+        shop.engine.gate.set()
+        groups = [await shop.result() for _ in range(3)]
+    assert [group.group_id for group in groups] == ["first", "suspicious", "last"]
+
+
+async def test_a_death_before_the_making_began_is_no_lone_one(shop: Shop) -> None:
+    """Waiting for weights no replica dies of the prompt."""
+    await shop.put(policy_version=version(1))
+    await shop.make_suspicious()
+    async with shop.dying():
+        await shop.until_held_by("replica-0", 1)
+        await asyncio.sleep(0.2)
+    (claim,) = await shop.queue.resume(shop.streams.prompts, "replica-0")
+    assert (claim.deaths, claim.lone_deaths) == (SUSPECT_DEATHS + 1, 0)
+
+
+async def test_lone_attempts_that_end_with_an_error_are_no_lone_deaths(shop: Shop) -> None:
+    """Two lone deaths and two errors: four lone attempts, of which only the deaths count."""
+    shop.publish(1)
+    await shop.put(policy_version=version(1))
+    await shop.make_suspicious()
+    shop.engine.gate.clear()
+    for _ in range(MAX_LONE_DEATHS - 1):
+        async with shop.dying():
+            await shop.engine.until_running(3)
+    shop.engine.gate.set()
+    shop.engine.failures = [NotReadyError(f"dropped {i}") for i in range(6)]
+    async with shop.working():
+        await shop.result()
+    assert shop.engine.failures == []
+
+
+async def test_what_is_not_finished_when_the_worker_is_ended_is_handed_back(shop: Shop) -> None:
+    """Two groups are in the engine, a third was held by this name before and waits for a place."""
+    shop.publish(1)
+    shop.engine.gate.clear()
+    for _ in range(3):
+        await shop.put(policy_version=version(1))
+        await shop.queue.claim(shop.streams.prompts, "replica-0", wait_s=0)
+    work = asyncio.create_task(shop.worker.run(asyncio.Event()))
+    await shop.engine.until_running(6)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    claims = [await shop.queue.claim(shop.streams.prompts, "another", wait_s=0) for _ in range(3)]
+    # The first attempts died with the replica's predecessor; the second ones were handed back.
+    assert [(c.attempt, c.handed_back, c.deaths, c.errors) for c in claims if c is not None] == [(3, 1, 1, 0)] * 3

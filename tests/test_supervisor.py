@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,9 @@ from mars_shared import supervisor as supervisor_module
 from mars_shared.errors import ConfigError
 from mars_shared.processes import kill_group, spawn, stop_all
 from mars_shared.stack import Ports, StackState, read_state
-from mars_shared.supervisor import Service, ServiceFailedError, Supervisor
+from mars_shared.supervisor import ServiceFailedError
+from process_stage import NOTES_ITS_END, PATIENT_S, SLEEP, STUBBORN, Stage, is_alive, wait_until
 
-PATIENT_S = 20.0
-SLEEP = "import time; time.sleep(600)"
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
 WITH_CHILD = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {STUBBORN!r}]); print('child', c.pid, flush=True); c.wait()"
 HTTP_READY = textwrap.dedent("""
     import http.server, pathlib, sys
@@ -36,45 +34,6 @@ HTTP_READY = textwrap.dedent("""
 """)
 
 
-class Stage:
-    """A supervisor, what it said, and how to wait for what it does."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.said: list[str] = []
-        self.supervisor = Supervisor(
-            log_dir=folder / "logs", environment=dict(os.environ) | {"STAGE": "test"}, say=self.said.append
-        )
-
-    def start(self, name: str, program: str, *arguments: str, **options: object) -> None:
-        self.supervisor.start(Service(name, [sys.executable, "-c", program, *arguments], **options))  # type: ignore[arg-type]
-
-    def until(self, condition: Callable[[], object]) -> None:
-        wait_until(condition, meanwhile=self.supervisor.poll)
-
-    def log(self, name: str) -> str:
-        return (self.folder / "logs" / f"{name}.log").read_text()
-
-    def pid(self, name: str) -> int:
-        return self.supervisor.pids()[name]
-
-
-def wait_until(condition: Callable[[], object], *, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """For what takes milliseconds; patient, so that a busy machine fails no test."""
-    deadline = time.monotonic() + PATIENT_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        meanwhile()
-        time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     monkeypatch.setattr(supervisor_module, "FIRST_BACKOFF_S", 0.01)
@@ -82,6 +41,23 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     stage = Stage(tmp_path)
     yield stage
     stage.supervisor.stop()
+
+
+@contextmanager
+def ready_address(folder: Path, flag: Path) -> Iterator[str]:
+    """An address that answers 200 once the flag exists, 503 before."""
+    listener = spawn([sys.executable, "-c", HTTP_READY, str(flag)], log_path=folder / "http.log")
+    try:
+        wait_until(lambda: re.search(r"port \d+\n", (folder / "http.log").read_text()))
+        yield f"http://127.0.0.1:{(folder / 'http.log').read_text().split()[1]}/readyz"
+    finally:
+        kill_group(listener)
+        listener.wait()
+
+
+def pauses(stage: Stage) -> list[str]:
+    """Seconds before each restart, as they were said."""
+    return [found for line in stage.said for found in re.findall(r"it starts again in (\S+) s", line)]
 
 
 def test_output_and_errors_go_to_one_log_per_service(stage: Stage) -> None:
@@ -97,20 +73,14 @@ def test_a_service_is_ready_once_its_address_answers_200(stage: Stage) -> None:
     stage.start("plain", SLEEP)
     stage.supervisor.poll()
     assert stage.said == ["plain is ready"]
-    listener = spawn([sys.executable, "-c", HTTP_READY, str(flag)], log_path=stage.folder / "http.log")
-    try:
-        wait_until(lambda: "port" in (stage.folder / "http.log").read_text())
-        port = (stage.folder / "http.log").read_text().split()[1]
-        stage.start("web", SLEEP, ready_url=f"http://127.0.0.1:{port}/readyz")
+    with ready_address(stage.folder, flag) as url:
+        stage.start("web", SLEEP, ready_url=url)
         for _ in range(3):
             stage.supervisor.poll()
         assert stage.said == ["plain is ready"]
         flag.touch()
         stage.supervisor.wait_ready()
         assert stage.said == ["plain is ready", "web is ready"]
-    finally:
-        kill_group(listener)
-        listener.wait()
 
 
 def test_work_that_is_done_is_not_started_again(stage: Stage) -> None:
@@ -162,11 +132,90 @@ def test_a_service_that_never_gets_ready_is_given_up_with_the_end_of_its_log(sta
 
 def test_a_service_that_gets_ready_and_dies_again_and_again_is_given_up(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "MANY_DEATHS", 5)
-    stage.start("doomed", "import time, sys; time.sleep(0.1); print('dies', flush=True); sys.exit(7)")
-    with pytest.raises(ServiceFailedError, match="doomed ended with exit code 7"):
-        stage.until(lambda: False)
-    assert stage.log("doomed").count("dies") == 5
-    assert "doomed is ready" in stage.said
+    killed = []
+
+    def kill_whenever_ready() -> None:
+        if stage.said.count("doomed is ready") > len(killed):
+            killed.append(stage.pid("doomed"))
+            os.kill(killed[-1], signal.SIGKILL)
+
+    stage.start("doomed", SLEEP)
+    with pytest.raises(ServiceFailedError, match="doomed ended with signal 9"):
+        stage.until(kill_whenever_ready)
+    assert len(set(killed)) == 5
+
+
+def test_deaths_before_ready_lengthen_the_pause_and_being_ready_forgives_them(stage: Stage) -> None:
+    flag = stage.folder / "ready"
+    with ready_address(stage.folder, flag) as url:
+        stage.start("slow", SLEEP, ready_url=url)
+        for deaths in (1, 2):
+            stage.until(lambda: stage.supervisor.pids())
+            os.kill(stage.pid("slow"), signal.SIGKILL)
+            stage.until(lambda deaths=deaths: len(pauses(stage)) == deaths)
+        stage.until(lambda: stage.supervisor.pids())
+        flag.touch()
+        stage.supervisor.wait_ready()
+        os.kill(stage.pid("slow"), signal.SIGKILL)
+        stage.until(lambda: len(pauses(stage)) == 3)
+    # 0.01 s doubles with each death in a row before ready: 0.02, 0.04; a death after it counts none: 0.01.
+    assert pauses(stage) == ["0.02", "0.04", "0.01"]
+
+
+def test_an_optional_service_that_cannot_start_is_given_up_alone(stage: Stage) -> None:
+    stage.start("server", SLEEP)
+    stage.start("extra", "print('no memory'); raise SystemExit(7)", ready_url="http://127.0.0.1:9/readyz", optional=True)
+    stage.until(lambda: stage.supervisor.given_up)
+    assert stage.log("extra").count("no memory") == 3
+    assert stage.supervisor.given_up["extra"].startswith("extra ended with exit code 7:\n  no memory")
+    assert any(line.startswith("extra is given up, the others go on: extra ended with exit code 7") for line in stage.said)
+    assert stage.supervisor.names == {"server"} and is_alive(stage.pid("server"))
+
+
+def test_what_is_asked_to_end_does_so_while_the_others_are_looked_after(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "GRACE_S", 600.0)
+    stage.start("stubborn", STUBBORN)
+    stage.start("server", SLEEP)
+    stage.until(lambda: "up" in stage.log("stubborn"))
+    stubborn, first = stage.pid("stubborn"), stage.pid("server")
+    stage.supervisor.end("stubborn")
+    os.kill(first, signal.SIGKILL)
+    stage.until(lambda: stage.supervisor.pids().get("server", first) != first)
+    assert is_alive(stubborn) and stage.supervisor.ending == ["stubborn"] and stage.supervisor.names == {"server"}
+    os.kill(stubborn, signal.SIGKILL)
+    stage.until(lambda: not stage.supervisor.ending)
+    for _ in range(5):
+        stage.supervisor.poll()
+    assert stage.log("stubborn").count("up") == 1, "what was asked to end and dies is not started again"
+    assert "stubborn has ended" in stage.said
+
+
+def test_what_does_not_end_is_killed_with_its_children_when_its_grace_is_over(stage: Stage) -> None:
+    stage.start("parent", f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {WITH_CHILD}")
+    stage.until(lambda: "child" in stage.log("parent") and "up" in stage.log("parent"))
+    child = int(re.findall(r"child (\d+)", stage.log("parent"))[0])
+    parent = stage.pid("parent")
+    stage.supervisor.end("parent")
+    stage.until(lambda: not stage.supervisor.ending)
+    wait_until(lambda: not is_alive(parent) and not is_alive(child))
+
+
+def test_what_waits_for_its_restart_can_be_ended(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "FIRST_BACKOFF_S", 600.0)
+    stage.start("server", "print('life')")
+    stage.until(lambda: pauses(stage))
+    stage.supervisor.end("server")
+    stage.until(lambda: not stage.supervisor.ending)
+    assert stage.supervisor.names == set() and stage.log("server").count("life") == 1
+
+
+def test_stopping_ends_what_was_ending_too(stage: Stage) -> None:
+    stage.start("stubborn", STUBBORN)
+    stage.until(lambda: "up" in stage.log("stubborn"))
+    pid = stage.pid("stubborn")
+    stage.supervisor.end("stubborn")
+    stage.supervisor.stop()
+    wait_until(lambda: not is_alive(pid))
 
 
 def test_a_wrong_configuration_is_not_tried_again(stage: Stage) -> None:
@@ -178,18 +227,8 @@ def test_a_wrong_configuration_is_not_tried_again(stage: Stage) -> None:
 
 def test_stopping_is_polite_and_leaves_the_needed_one_until_last(stage: Stage) -> None:
     order = stage.folder / "order"
-    program = textwrap.dedent("""
-        import signal, sys, time
-        def stop(*_):
-            with open(sys.argv[1], "a") as file:
-                file.write(sys.argv[2] + "\\n")
-            sys.exit(0)
-        signal.signal(signal.SIGTERM, stop)
-        print("up", flush=True)
-        time.sleep(600)
-    """)
-    stage.start("valkey", program, str(order), "valkey", needed_to_stop=True)
-    stage.start("worker", program, str(order), "worker")
+    stage.start("valkey", NOTES_ITS_END, str(order), "valkey", needed_to_stop=True)
+    stage.start("worker", NOTES_ITS_END, str(order), "worker")
     stage.until(lambda: "up" in stage.log("valkey") and "up" in stage.log("worker"))
     pids = list(stage.supervisor.pids().values())
     stage.supervisor.stop()
@@ -208,11 +247,14 @@ def test_stopping_kills_what_ignores_it_and_all_its_children(stage: Stage) -> No
 
 
 def test_a_second_ctrl_c_while_stopping_still_leaves_nothing_behind(tmp_path: Path) -> None:
-    processes = [spawn([sys.executable, "-c", STUBBORN], log_path=tmp_path / f"{i}.log") for i in range(3)]
+    interrupts = STUBBORN.replace("signal.SIG_IGN", "lambda *_: os.kill(os.getppid(), signal.SIGALRM)").replace(
+        "import", "import os,"
+    )
+    programs = (interrupts, STUBBORN, STUBBORN)
+    processes = [spawn([sys.executable, "-c", program], log_path=tmp_path / f"{i}.log") for i, program in enumerate(programs)]
     try:
         wait_until(lambda: all("up" in (tmp_path / f"{i}.log").read_text() for i in range(3)))
         before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
         try:
             with pytest.raises(KeyboardInterrupt):
                 stop_all(processes, grace_s=PATIENT_S)
@@ -250,7 +292,12 @@ def test_an_ended_process_can_be_stopped_again(tmp_path: Path) -> None:
 
 
 STATE = StackState(
-    run="r", supervisor_pid=os.getpid(), host="127.0.0.1", rollout_ports=[8100, 8101], reward_port=8200, trainer_port=8300
+    run="r",
+    supervisor_pid=os.getpid(),
+    host="127.0.0.1",
+    replicas={"rollout-0": 8100, "rollout-1": 8101},
+    reward_port=8200,
+    trainer_port=8300,
 )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mars_shared.contracts import PolicyVersion, WeightManifest
-from mars_shared.errors import IntegrityError
+from mars_shared.errors import FencedError, IntegrityError
 from mars_shared.settings import Recipe
 from mars_shared.weights import WeightsStore, describe_file
 from mars_trainer.publish import WEIGHTS_FILE, Publisher, model_fingerprint, policy_tensors
@@ -110,6 +110,18 @@ def test_a_damaged_head_is_an_error_that_names_the_file(store: WeightsStore, tmp
     (tmp_path / "weights" / "HEAD").write_bytes(text)
     with pytest.raises(IntegrityError, match="HEAD: not a weight manifest"):
         store.head()
+
+
+def test_an_older_incarnation_publishes_nothing(store: WeightsStore, tmp_path: Path) -> None:
+    publish(store, 9, incarnation=1)
+    head = publish(store, 2, incarnation=2)
+    with pytest.raises(
+        FencedError, match=r"weights 1\.10 are not published.*HEAD announces 2\.2: another trainer has taken over"
+    ):
+        publish(store, 10, incarnation=1)
+    assert store.head() == head
+    assert snapshots(tmp_path) == ["1.9", "2.2"]
+    publish(store, 1, incarnation=2)
 
 
 def test_pruning_keeps_the_newest_in_the_order_of_versions(store: WeightsStore, tmp_path: Path) -> None:

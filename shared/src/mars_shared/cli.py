@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -19,17 +19,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mars_shared.client import get_json, request_rollouts
+from mars_shared.cli_dead import app as dead_app
+from mars_shared.cli_scale import scale
+from mars_shared.cli_status import status
+from mars_shared.client import request_rollouts
 from mars_shared.cpu import WorkMeter
 from mars_shared.errors import ConfigError, MarsError
 from mars_shared.progress import EventTail, RunDisplay
 from mars_shared.settings import Recipe, load_deployment, load_recipe
-from mars_shared.stack import TRAINER, Ports, StackState, TrainerMode, read_state, running_stack, service_url
+from mars_shared.stack import TRAINER, Ports, TrainerMode, find_stack, read_state, running_stack, service_url
 from mars_shared.telemetry import EventLog
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 errors = Console(stderr=True)
+
+app.command()(status)
+app.command()(scale)
+app.add_typer(dead_app, name="dead")
 
 POLL_S = 0.2
 DEMO_DIR = "runs/demo"
@@ -128,7 +135,7 @@ def sft(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def score(context: typer.Context) -> None:
-    """Score completions offline: mars score --recipe paper|released [--released-eval] ROWS.jsonl (JSON lines to stdout)."""
+    """Score completions offline: mars score --recipe paper|released|FILE:FUNCTION [--released-eval] ROWS.jsonl (JSON lines to stdout)."""
     _module("mars_reward.offline", *context.args)
 
 
@@ -201,37 +208,23 @@ def rollout(
     _print_rollouts(answer)
 
 
-@app.command()
-def status(
-    run_dir: Annotated[Path | None, typer.Argument(help="a run folder; default: every folder in runs/")] = None,
-) -> None:
-    """Show what runs, and where each run is."""
-    folders = [run_dir] if run_dir else sorted(Path("runs").glob("*"))
-    stacks = [(folder, state) for folder in folders if (state := read_state(folder))]
-    if not stacks:
-        console.print("nothing runs" + (f" in {run_dir}" if run_dir else " in runs/*"))
-        raise typer.Exit(1)
-    for folder, state in stacks:
-        _print_status(folder, state)
-
-
 def _run(recipe_path: Path, recipe: Recipe, port: int, *, trainer: TrainerMode) -> None:
     """Run a stack until its trainer has finished, which a lingering one never does."""
     display, meter = RunDisplay(console), WorkMeter()
     tail = EventTail(recipe.run.dir / "events.jsonl", from_end=True)
     display.say(f"starting {recipe.run.name}: {recipe.rollout.replicas} rollout replica(s), logs in {recipe.run.dir}/logs")
-    with _interruptible(), running_stack(recipe_path, recipe, ports=Ports(port), trainer=trainer, say=display.say) as supervisor:
+    with _interruptible(), running_stack(recipe_path, recipe, ports=Ports(port), trainer=trainer, say=display.say) as stack:
         try:
             done = said = False
             while not done:
-                supervisor.poll()
-                done = supervisor.finished(TRAINER)
-                if trainer == "linger" and not said and supervisor.all_ready:
+                stack.poll()
+                done = stack.supervisor.finished(TRAINER)
+                if trainer == "linger" and not said and stack.supervisor.all_ready:
                     said = True
                     display.say(f"serving on {service_url(load_deployment().host, port)}; Ctrl-C ends everything")
                 for event in tail.new():
                     display.show(event)
-                    meter.see(event, supervisor.pids().values())
+                    meter.see(event, stack.supervisor.pids().values())
                 time.sleep(POLL_S)
         finally:
             display.close()
@@ -268,11 +261,8 @@ def _named_image(item: str) -> tuple[str, Path]:
 
 
 def _running_rollout_url() -> str:
-    for folder in sorted(Path("runs").glob("*")):
-        state = read_state(folder)
-        if state is not None:
-            return state.url(state.rollout_ports[0])
-    raise ConfigError("no stack runs in runs/*; start one with `mars up RECIPE`, or name a replica with --url")
+    _, state = find_stack(None)
+    return state.url(next(iter(state.replicas.values())))
 
 
 def _print_rollouts(answer: dict[str, Any]) -> None:
@@ -285,42 +275,17 @@ def _print_rollouts(answer: dict[str, Any]) -> None:
     for index, completion in enumerate(group["completions"]):
         row = [completion["kind"], completion["source"] or "all", completion["text"]]
         if scored:
-            parts = "  ".join(f"{name} {value:.2f}" for name, value in scores[index]["parts"].items())
-            row += [f"{scores[index]['reward']:.3f}", parts]
+            row += _reward_cells(scores[index])
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
     if answer.get("gain") is not None:
         console.print(f"gain (mean multi-source minus mean mono-source reward): {answer['gain']:+.3f}")
 
 
-def _print_status(folder: Path, state: StackState) -> None:
-    deployment = load_deployment()
-    table = Table(title=f"{state.run} in {folder} (supervisor {state.supervisor_pid})")
-    for column in ("service", "address", "state"):
-        table.add_column(column)
-    for index, port in enumerate(state.rollout_ports):
-        url = state.url(port)
-        table.add_row(f"rollout-{index}", url, Text(_say(f"{url}/v1/version", deployment, _version_text)))
-    url = state.url(state.reward_port)
-    table.add_row("reward", url, Text(_say(f"{url}/readyz", deployment, lambda answer: str(answer["status"]))))
-    url = state.url(state.trainer_port)
-    table.add_row("trainer", url, Text(_say(f"{url}/v1/run", deployment, _run_text)))
-    console.print(table)
-
-
-def _say(url: str, deployment: Any, text: Callable[[dict[str, Any]], str]) -> str:
-    try:
-        return text(get_json(url, deployment))
-    except MarsError as error:
-        return str(error)
-
-
-def _version_text(answer: dict[str, Any]) -> str:
-    return f"serves policy {answer['version']}"
-
-
-def _run_text(answer: dict[str, Any]) -> str:
-    return f"{answer['state']}, step {answer['step']}/{answer['steps']}, policy {answer['version']}"
+def _reward_cells(score: dict[str, Any]) -> list[str]:
+    if "error" in score:
+        return ["none", score["error"]]
+    return [f"{score['reward']:.3f}", "  ".join(f"{name} {value:.2f}" for name, value in score["parts"].items())]
 
 
 if __name__ == "__main__":

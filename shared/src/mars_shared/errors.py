@@ -11,12 +11,16 @@ MarsError
 │   └── BlobMissingError no bytes under that hash                                              HTTP 404
 ├── DivergedError        training left the finite numbers                                  exit 3
 ├── NotReadyError        the service cannot serve yet, or no more                          HTTP 503
-├── RewardError          a custom reward failed; perhaps only for a while                      HTTP 502
+├── RewardError          a completion got no reward: the function raised                        exit 3
+│   ├── RewardTimeoutError   it took too long, by the clock or (RewardCpuTimeoutError) in CPU seconds
+│   ├── RewardDiedError      it ended its process
+│   └── RewardNotFiniteError it gave NaN or infinity
 ├── IntegrityError       bytes do not match their hash: a snapshot, a blob, a checkpoint
 ├── CheckpointError      weights or a checkpoint cannot be used: of another model              exit 2
 └── QueueError           Redis cannot be used
     ├── QueueUnavailableError   it does not answer                                         HTTP 503
-    └── LeaseLostError          the claimed item now belongs to another consumer
+    ├── LeaseLostError          the claimed item now belongs to another consumer
+    └── FencedError             a newer incarnation of the trainer has taken over          exit 2
 """
 
 from __future__ import annotations
@@ -86,9 +90,44 @@ class NotReadyError(MarsError):
 
 
 class RewardError(MarsError):
-    """A custom reward failed on an item; what it depends on may come back."""
+    """A completion got no reward; what the reward depends on may come back.
 
-    http_status = 502
+    `traceback` is that of the reward's own process, if it said one; `reason` is what dead letters and metrics call it.
+    """
+
+    exit_code = 3
+    reason = "reward failed"
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+    @property
+    def detail(self) -> str:
+        """Message and traceback."""
+        return f"{self}\n{self.traceback}".rstrip()
+
+
+class RewardTimeoutError(RewardError):
+    """The reward took too long by the clock: it waits for something, or the machine is busy."""
+
+    reason = "reward timed out"
+
+
+class RewardCpuTimeoutError(RewardTimeoutError):
+    """The reward used more CPU seconds than it may, which depends on the completion and hardly on the machine."""
+
+
+class RewardDiedError(RewardError):
+    """The reward's process ended in the middle of a completion."""
+
+    reason = "reward process died"
+
+
+class RewardNotFiniteError(RewardError):
+    """The reward is NaN or infinite."""
+
+    reason = "reward is not finite"
 
 
 class IntegrityError(MarsError):
@@ -113,3 +152,9 @@ class QueueUnavailableError(QueueError):
 
 class LeaseLostError(QueueError):
     """The claimed item belongs to another consumer by now."""
+
+
+class FencedError(QueueError):
+    """A newer incarnation of the trainer has taken over; what an older one says is refused."""
+
+    exit_code = 2

@@ -1,8 +1,10 @@
 """The queue's Lua scripts: each is one atomic step on the server.
 
-Every stream has one consumer group, and beside it a hash "<stream>:errors" that counts reported
-errors by entry id. An entry is (payload, key); `key` is the dedupe key it was first put under and
-travels along when a result is forwarded.
+Every stream has one consumer group, and beside it a hash "<stream>:errors" that counts how attempts
+at its entries ended: "<id>" reported errors, "<id>:handed_back" attempts that were given up through
+no fault of the entry's, "<id>:alone" lone attempts that began and did not end with a word;
+"<id>:alone_attempt" is the last of these. An entry is (payload, key); `key` is the dedupe key it was
+first put under and travels along when a result is forwarded.
 
 A claim is fenced: XPENDING's (consumer, times_delivered) must equal the claim's (consumer,
 attempt). Whoever lost an entry to another consumer, or to a later attempt of its own name, fails
@@ -42,8 +44,19 @@ end
 
 local function remove(stream, errors, id)
   redis.call('XACK', stream, GROUP, id)
-  redis.call('HDEL', errors, id)
+  redis.call('HDEL', errors, id, id .. ':handed_back', id .. ':alone', id .. ':alone_attempt')
   return redis.call('XDEL', stream, id)
+end
+
+-- Makes an entry claimable by anyone: TIME 0 makes it idle since 1970. The attempt ends with a word,
+-- so that it is no death, and no lone one either. Counts it under `field`.
+local function hand_back(stream, errors, id, attempt, field)
+  redis.call('XCLAIM', stream, GROUP, RETURNED, 0, id, 'TIME', 0, 'JUSTID')
+  if redis.call('HGET', errors, id .. ':alone_attempt') == attempt then
+    redis.call('HDEL', errors, id .. ':alone_attempt')
+    redis.call('HINCRBY', errors, id .. ':alone', -1)
+  end
+  return redis.call('HINCRBY', errors, field, 1)
 end
 
 local function read(stream, id)
@@ -53,31 +66,45 @@ local function read(stream, id)
 end
 
 local function claimed(entry, attempt, errors)
-  local count = redis.call('HGET', errors, entry[1]) or '0'
-  return {{entry[1], entry[2][2], attempt, tonumber(count)}}
+  local id = entry[1]
+  local counts = redis.call('HMGET', errors, id, id .. ':handed_back', id .. ':alone')
+  return {{id, entry[2][2], attempt, tonumber(counts[1] or 0), tonumber(counts[2] or 0), tonumber(counts[3] or 0)}}
 end
 
 -- Begins the next attempt at an entry that was delivered before. An entry whose message was
--- deleted has nothing to be attempted and leaves the pending list.
+-- deleted has nothing to be attempted and leaves no trace.
 local function take_over(stream, errors, row, consumer, min_idle_ms)
   local entry = redis.call('XCLAIM', stream, GROUP, consumer, min_idle_ms, row[1])[1]
   if entry then return claimed(entry, row[4] + 1, errors) end
-  redis.call('XACK', stream, GROUP, row[1])
+  remove(stream, errors, row[1])
 end
 """
 
 PUT = (
     _COMMON
     + """
--- KEYS stream, dedupe; ARGV payload, key, bound, dedupe_s. The bound comes first: a refused item
--- must leave no trace, or its next put would be taken for a duplicate.
+-- KEYS stream, dedupe [, incarnation]; ARGV payload, key, bound, dedupe_s [, incarnation]. Returns the outcome
+-- or, to an incarnation that is older than the recorded one, that one. The bound comes before the
+-- record: a refused item must leave no trace, or its next put would be taken for a duplicate.
+local recorded = KEYS[3] and tonumber(redis.call('GET', KEYS[3]) or -1)
+if recorded and recorded > tonumber(ARGV[5]) then return recorded end
 if redis.call('EXISTS', KEYS[2]) == 1 then return 'duplicate' end
 if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[3]) then return 'full' end
 redis.call('SET', KEYS[2], '1', 'EX', ARGV[4])
+if recorded then redis.call('SET', KEYS[3], ARGV[5]) end
 append(KEYS[1], ARGV[1], ARGV[2])
 return 'put'
 """
 )
+
+BEGIN_INCARNATION = """
+-- KEYS incarnation; ARGV incarnation. Returns the newest, which is recorded. DEL comes first: a full server
+-- refuses SET as a script's first write.
+local newest = math.max(tonumber(redis.call('GET', KEYS[1]) or -1), tonumber(ARGV[1]))
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[1], newest)
+return newest
+"""
 
 CLAIM = (
     _COMMON
@@ -117,6 +144,22 @@ return 1
 """
 )
 
+BEGIN_ALONE = (
+    _COMMON
+    + """
+-- KEYS stream, errors; ARGV id, consumer, attempt. The heartbeat comes first: a full server refuses to
+-- count as a script's first write. Said twice, it counts once.
+if not owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
+redis.call('XCLAIM', KEYS[1], GROUP, ARGV[2], 0, ARGV[1], 'JUSTID')
+local began = ARGV[1] .. ':alone_attempt'
+if redis.call('HGET', KEYS[2], began) ~= ARGV[3] then
+  redis.call('HSET', KEYS[2], began, ARGV[3])
+  redis.call('HINCRBY', KEYS[2], ARGV[1] .. ':alone', 1)
+end
+return 1
+"""
+)
+
 COMPLETE = (
     _COMMON
     + """
@@ -132,10 +175,18 @@ return 1
 RETRY = (
     _COMMON
     + """
--- KEYS stream, errors; ARGV id, consumer, attempt. TIME 0 makes it idle since 1970: claimable at once.
+-- KEYS stream, errors; ARGV id, consumer, attempt.
 if not owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
-redis.call('XCLAIM', KEYS[1], GROUP, RETURNED, 0, ARGV[1], 'TIME', 0, 'JUSTID')
-return redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
+return hand_back(KEYS[1], KEYS[2], ARGV[1], ARGV[3], ARGV[1])
+"""
+)
+
+HAND_BACK = (
+    _COMMON
+    + """
+-- KEYS stream, errors; ARGV id, consumer, attempt.
+if not owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
+return hand_back(KEYS[1], KEYS[2], ARGV[1], ARGV[3], ARGV[1] .. ':handed_back')
 """
 )
 
@@ -169,3 +220,20 @@ local found = {}
 for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do found[#found + 1] = {entry[1], entry[2][4]} end
 return found
 """
+
+REVIVE = (
+    _COMMON
+    + """
+-- KEYS dead, retries; ARGV id, payload, id, payload, ... Moves these letters to the end of `retries`, each with the payload
+-- given; all of them or none: returns the id of one that is not there, else ''.
+for i = 1, #ARGV, 2 do
+  if not redis.call('XRANGE', KEYS[1], ARGV[i], ARGV[i])[1] then return ARGV[i] end
+end
+for i = 1, #ARGV, 2 do
+  local _, key = read(KEYS[1], ARGV[i])
+  append(KEYS[2], ARGV[i + 1], key)
+  redis.call('XDEL', KEYS[1], ARGV[i])
+end
+return ''
+"""
+)

@@ -96,7 +96,7 @@ def _step_text(metrics: dict[str, float]) -> str:
 
 
 def _lacking(event: dict[str, Any]) -> str:
-    return f"{event['without_signal']} groups had no signal in {event['rounds']} round(s) of asking"
+    return f"{event['without_signal']} of the groups looked at had no signal"
 
 
 def _self_test_line(event: dict[str, Any]) -> str:

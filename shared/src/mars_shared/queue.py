@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -30,7 +30,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
 from mars_shared import lua
-from mars_shared.errors import ConfigError, LeaseLostError, QueueError, QueueUnavailableError
+from mars_shared.errors import ConfigError, FencedError, InputError, LeaseLostError, QueueError, QueueUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,11 @@ class Streams:
         """Training prompts that died and shall be asked again."""
         return f"mars:{self.run}:retries"
 
+    @property
+    def incarnation(self) -> str:
+        """The key, no stream, that records the newest incarnation of the run's trainer."""
+        return f"mars:{self.run}:incarnation"
+
     @classmethod
     def of(cls, stream: str) -> Streams:
         """The run's streams, given any one of them."""
@@ -85,8 +90,9 @@ class Streams:
 class Claim:
     """An entry this consumer holds. `attempt` counts deliveries from 1 and fences the claim.
 
-    `errors` counts what consumers reported through `retry`; the other attempts - 1 ended
-    without a word (a death, a lost lease).
+    `errors` counts what consumers reported through `retry`, `handed_back` what they gave back
+    unfinished; `deaths` are the earlier attempts that ended without a word (a killed consumer, a
+    lost lease), `lone_deaths` those of them that had `begin_alone`.
     """
 
     stream: str
@@ -95,6 +101,12 @@ class Claim:
     attempt: int
     payload: bytes = field(repr=False)
     errors: int = 0
+    handed_back: int = 0
+    lone_deaths: int = 0
+
+    @property
+    def deaths(self) -> int:
+        return self.attempt - 1 - self.errors - self.handed_back
 
     def __str__(self) -> str:
         return f"{self.stream} entry {self.entry_id}"
@@ -155,7 +167,10 @@ class Queue:
         script = self._redis.register_script
         self._put, self._claim, self._resume = script(lua.PUT), script(lua.CLAIM), script(lua.RESUME)
         self._heartbeat, self._complete, self._retry = script(lua.HEARTBEAT), script(lua.COMPLETE), script(lua.RETRY)
+        self._begin_incarnation = script(lua.BEGIN_INCARNATION)
+        self._hand_back, self._begin_alone = script(lua.HAND_BACK), script(lua.BEGIN_ALONE)
         self._dead_letter, self._remove, self._outstanding = script(lua.DEAD_LETTER), script(lua.REMOVE), script(lua.OUTSTANDING)
+        self._revive = script(lua.REVIVE)
 
     async def ping(self) -> None:
         """Return if Redis answers."""
@@ -166,18 +181,54 @@ class Queue:
         """Close all connections."""
         await self._redis.aclose()
 
-    async def put(self, stream: str, payload: bytes, *, dedupe_key: str, bound: int) -> PutResult:
-        """Append, unless `dedupe_key` was put within the last 7 days or `bound` entries are outstanding."""
+    async def newest_incarnation(self, run: str) -> int:
+        """The newest incarnation of the run's trainer on record, 0 if none is: a flushed Redis knows of none."""
+        with self._errors():
+            return int(await self._redis.get(Streams(run).incarnation) or 0)
+
+    async def begin_incarnation(self, run: str, incarnation: int) -> None:
+        """Record that this incarnation of the run's trainer lives; from here on puts of older ones are refused.
+
+        Raises:
+            FencedError: a newer one is recorded.
+        """
+        with self._errors():
+            newest = int(await self._begin_incarnation([Streams(run).incarnation], [incarnation]))
+        if newest > incarnation:
+            raise _fenced_off(run, incarnation, newest)
+
+    async def put(self, stream: str, payload: bytes, *, dedupe_key: str, bound: int, incarnation: int | None = None) -> PutResult:
+        """Append, unless `dedupe_key` was put within the last 7 days or `bound` entries are outstanding.
+
+        Args:
+            incarnation: of the trainer that puts; None for what no trainer's incarnation asks.
+
+        Raises:
+            FencedError: a newer incarnation is recorded.
+        """
         keys = [stream, f"{stream}:put:{dedupe_key}"]
+        arguments: list[bytes | str | int] = [payload, dedupe_key, bound, DEDUPE_S]
+        if incarnation is not None:
+            keys.append(Streams.of(stream).incarnation)
+            arguments.append(incarnation)
+        result = await self._put_unless_full(stream, keys, arguments)
+        if isinstance(result, PutResult):
+            return result
+        assert incarnation is not None
+        raise _fenced_off(Streams.of(stream).run, incarnation, result)
+
+    async def _put_unless_full(self, stream: str, keys: list[str], arguments: list[bytes | str | int]) -> PutResult | int:
+        """What became of the put, or the newer incarnation that fences it off."""
         with self._errors():
             try:
-                return PutResult((await self._put(keys, [payload, dedupe_key, bound, DEDUPE_S])).decode())
+                answer = await self._put(keys, arguments)
             except exceptions.ResponseError as error:
                 # Redis 6.2 wraps a script's error in a general one, so the class alone doesn't tell.
                 if "command not allowed when used memory > 'maxmemory'" not in str(error):
                     raise
                 logger.warning("Redis at %s is at its maxmemory; %s is treated as full", self._where, stream)
                 return PutResult.FULL
+        return answer if isinstance(answer, int) else PutResult(answer.decode())
 
     async def claim(self, stream: str, consumer: str, *, wait_s: float) -> Claim | None:
         """Take over the oldest entry idle for `lease_s`, else take the next new one.
@@ -215,7 +266,7 @@ class Queue:
 
         When the lease is lost the body is cancelled and LeaseLostError raised in its place. While
         Redis does not answer the body goes on: fencing decides later whether its result counts.
-        The body may end the claim itself (complete, retry, dead_letter).
+        The body may end the claim itself (complete, retry, hand_back, dead_letter).
         """
         failures: list[QueueError] = []
         try:
@@ -285,6 +336,19 @@ class Queue:
         logger.warning("%s, attempt %d, error %d: %s", claim, claim.attempt, errors, error)
         return errors
 
+    async def hand_back(self, claim: Claim) -> None:
+        """End the claim unfinished, through no fault of the entry's: claimable by anyone at once, neither error nor death."""
+        self._stop_beats(claim)
+        times = await self._fenced(self._hand_back, claim, [claim.stream, _errors_of(claim.stream)])
+        logger.info("%s, attempt %d, handed back for the %d. time", claim, claim.attempt, times)
+
+    async def begin_alone(self, claim: Claim) -> None:
+        """Record that the consumer begins this attempt with nothing else in its hands.
+
+        If it ends without a word, later claims count it in `lone_deaths`: only then is the entry the suspect.
+        """
+        await self._fenced(self._begin_alone, claim, [claim.stream, _errors_of(claim.stream)])
+
     async def dead_letter(self, claim: Claim, reason: str, detail: str) -> None:
         """Move the entry to the run's dead stream, with a short reason and its detail."""
         self._stop_beats(claim)
@@ -292,8 +356,8 @@ class Queue:
         await self._fenced(self._dead_letter, claim, keys, reason, detail)
         logger.error("%s, attempt %d, given up: %s: %s", claim, claim.attempt, reason, detail)
 
-    async def dead(self, run: str, limit: int = 100) -> list[DeadLetter]:
-        """The run's last dead letters, latest first; depth(Streams(run).dead) counts all."""
+    async def dead(self, run: str, limit: int | None = 100) -> list[DeadLetter]:
+        """The run's last dead letters (None: all), latest first; depth(Streams(run).dead) counts all."""
         with self._errors():
             entries = await self._redis.xrevrange(Streams(run).dead, count=limit)
         return [_dead_letter(entry_id, fields) for entry_id, fields in entries]
@@ -330,6 +394,37 @@ class Queue:
         """Remove all entries, claimed or not. Their dedupe keys stay: put again under others."""
         with self._errors():
             await self._redis.delete(stream, _errors_of(stream))
+
+    async def letters(self, run: str, entry_ids: Iterable[str]) -> list[DeadLetter]:
+        """The dead letters of these ids, in that order.
+
+        Raises:
+            InputError: there is none of an id.
+        """
+        stream, found = Streams(run).dead, []
+        for entry_id in entry_ids:
+            with self._errors():
+                entries = await self._redis.xrange(stream, min=entry_id, max=entry_id)
+            if not entries:
+                raise InputError(_no_letter(entry_id, stream))
+            found.append(_dead_letter(*entries[0]))
+        return found
+
+    async def revive(self, run: str, payloads: Mapping[str, bytes]) -> None:
+        """Move dead letters to the run's stream of retries, in one atomic step.
+
+        Args:
+            payloads: what to put there, by the letter's entry id.
+
+        Raises:
+            InputError: one of the letters is gone; nothing was changed.
+        """
+        streams = Streams(run)
+        arguments = [part for pair in payloads.items() for part in pair]
+        with self._errors():
+            missing = await self._revive([streams.dead, streams.retries], arguments)
+        if missing:
+            raise InputError(_no_letter(missing.decode(), streams.dead))
 
     async def _fenced(self, script: Any, claim: Claim, keys: list[str], *arguments: bytes | str | None) -> int:
         with self._errors():
@@ -375,6 +470,14 @@ def _where(client: Redis) -> str:
     return str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
 
 
+def _fenced_off(run: str, incarnation: int, newest: int) -> FencedError:
+    return FencedError(
+        f"run {run!r}: incarnation {incarnation} of the trainer is refused, since incarnation {newest} is recorded: "
+        "another trainer has taken over; end this one. If instead the run's folder was deleted and the run begun anew, "
+        f"delete the key {Streams(run).incarnation} from Redis"
+    )
+
+
 def _errors_of(stream: str) -> str:
     return f"{stream}:errors"
 
@@ -387,8 +490,12 @@ def _heed_cancellation() -> None:
 
 
 def _claim(stream: str, consumer: str, found: list[Any]) -> Claim:
-    entry_id, payload, attempt, errors = found
-    return Claim(stream, entry_id.decode(), consumer, attempt, payload, errors)
+    entry_id, payload, attempt, errors, handed_back, lone_deaths = found
+    return Claim(stream, entry_id.decode(), consumer, attempt, payload, errors, handed_back, lone_deaths)
+
+
+def _no_letter(entry_id: str, stream: str) -> str:
+    return f"no dead letter {entry_id} in {stream}; `mars dead list` shows those that are there"
 
 
 def _dead_letter(entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:

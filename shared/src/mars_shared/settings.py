@@ -163,7 +163,10 @@ class RewardSection(Section):
         "`FILE:FUNCTION` or the name of an entry point of the group mars.rewards, behind `trl:` if it has TRL's signature",
     )
     time_limit_s: float = Field(
-        default=10.0, gt=0, description="CPU seconds that a custom reward may take for one completion, which gets 0 then"
+        default=10.0,
+        gt=0,
+        description="CPU seconds that a custom reward may take for one completion, and by the clock ten times as long "
+        "(at least 10 s); a completion that takes longer has no reward, and its group is given up",
     )
 
 

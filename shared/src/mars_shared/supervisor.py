@@ -22,7 +22,8 @@ FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 10.0
 GRACE_S = 20.0
 MANY_DEATHS, MANY_DEATHS_S = 20, 300.0
-"""So many deaths within so many seconds are too many even for a service that gets ready each time."""
+"""So many deaths within so many seconds are too many even for a service that gets ready each time: one every quarter of a
+minute is a fault of its own, while killing each service a few times, as a test of faults does, stays far below."""
 HOPELESS_EXIT_CODES = (2, 3)
 """Of ConfigError and InputError: the same would happen again."""
 POLL_S = 0.2
@@ -44,6 +45,7 @@ class Service:
     `ready_url` answers 200 once the service is ready (None: ready as soon as it runs).
     `finishes`: exit code 0 means that its work is done, and it is not started again.
     `needed_to_stop`: the others need it while they end, so it ends after them.
+    `optional`: the others can do without it, so it is given up alone where another would end them all.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Service:
     ready_url: str | None = None
     finishes: bool = False
     needed_to_stop: bool = False
+    optional: bool = False
 
 
 @dataclass
@@ -67,8 +70,18 @@ class Running:
     restart_at: float | None = field(default=None, repr=False)
 
 
+@dataclass(frozen=True)
+class Ending:
+    """A process that was asked to end, and when (monotonic seconds) it is killed."""
+
+    process: subprocess.Popen[bytes]
+    kill_at: float
+
+
 class Supervisor:
-    """Starts services, watches them in `poll`, and ends them all in `stop`.
+    """Starts services, watches them in `poll`, and ends one in `end` or all in `stop`.
+
+    `given_up` says why, by name, of optional services that were given up since it was cleared last.
 
     Args:
         log_dir: one file a service.
@@ -81,11 +94,25 @@ class Supervisor:
         self._environment = dict(environment)
         self._say = say
         self._running: dict[str, Running] = {}
+        self._ending: dict[str, Ending] = {}
+        self.given_up: dict[str, str] = {}
         self._http = httpx.Client(timeout=2.0, trust_env=False)
 
     def start(self, service: Service) -> None:
         """Start a service; returns at once."""
         self._running[service.name] = Running(service, self._spawn(service))
+
+    def end(self, name: str) -> None:
+        """Ask one service to end; returns at once. `poll` kills it when GRACE_S is over, and nothing starts it again."""
+        process = self._running.pop(name).process
+        if process.poll() is None:
+            process.terminate()
+        self._ending[name] = Ending(process, time.monotonic() + GRACE_S)
+
+    def give_up(self, name: str, reason: str) -> None:
+        """Say that an optional service is done without, and remember why."""
+        self.given_up[name] = reason
+        self._say(f"{name} is given up, the others go on: {reason}")
 
     def stop(self) -> None:
         """End everything, politely first."""
@@ -93,19 +120,21 @@ class Supervisor:
             [item.process for item in self._running.values() if item.service.needed_to_stop is last] for last in (False, True)
         ]
         try:
-            stop_all(by_turn[0], grace_s=GRACE_S)
+            stop_all([*by_turn[0], *(ending.process for ending in self._ending.values())], grace_s=GRACE_S)
         finally:
             stop_all(by_turn[1], grace_s=GRACE_S)
             self._http.close()
 
     def poll(self) -> None:
-        """Look once at every service: note who became ready, restart who died.
+        """Look once at every service: note who became ready, restart who died, see off who was asked to end.
 
         Raises:
-            ServiceFailedError: a service died QUICK_DEATHS times before it was ready, or its
-                configuration is wrong.
+            ServiceFailedError: a service that is not optional died QUICK_DEATHS times before it was
+                ready or MANY_DEATHS times in all, or its configuration is wrong.
         """
-        for running in self._running.values():
+        for name, ending in list(self._ending.items()):
+            self._see_off(name, ending)
+        for running in list(self._running.values()):
             if running.finished:
                 continue
             if running.restart_at is not None:
@@ -133,8 +162,18 @@ class Supervisor:
         """Whether a service's work is done."""
         return self._running[name].finished
 
+    @property
+    def names(self) -> set[str]:
+        """Of the services that are to run; those that end or were given up are not among them."""
+        return set(self._running)
+
+    @property
+    def ending(self) -> list[str]:
+        """Names of the services that were asked to end and have not."""
+        return list(self._ending)
+
     def pids(self) -> dict[str, int]:
-        """Process id by service, of those that run."""
+        """Process id by service, of those that run and were not asked to end."""
         return {name: running.process.pid for name, running in self._running.items() if running.process.poll() is None}
 
     def _spawn(self, service: Service) -> subprocess.Popen[bytes]:
@@ -152,13 +191,30 @@ class Supervisor:
         running.deaths = [died for died in running.deaths if now - died < MANY_DEATHS_S] + [now]
         too_many = running.quick_deaths >= QUICK_DEATHS or len(running.deaths) >= MANY_DEATHS
         if code in HOPELESS_EXIT_CODES or too_many:
-            raise ServiceFailedError(f"{service.name} ended with {_describe(code)}:\n{self._log_tail(service)}", code)
+            self._fail(service, code)
+            return
         delay_s = min(FIRST_BACKOFF_S * 2**running.quick_deaths, LONGEST_BACKOFF_S)
         self._say(
             f"{service.name} ended with {_describe(code)}; it starts again in {delay_s:g} s (log: {self._log_path(service)})"
         )
         running.ready = False
         running.restart_at = time.monotonic() + delay_s
+
+    def _fail(self, service: Service, code: int) -> None:
+        what = f"{service.name} ended with {_describe(code)}:\n{self._log_tail(service)}"
+        if not service.optional:
+            raise ServiceFailedError(what, code)
+        del self._running[service.name]
+        self.give_up(service.name, what)
+
+    def _see_off(self, name: str, ending: Ending) -> None:
+        if ending.process.poll() is None:
+            if time.monotonic() >= ending.kill_at:
+                kill_group(ending.process)
+            return
+        kill_group(ending.process)
+        del self._ending[name]
+        self._say(f"{name} has ended")
 
     def _restart_when_due(self, running: Running) -> None:
         assert running.restart_at is not None

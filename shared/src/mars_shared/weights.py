@@ -21,7 +21,7 @@ from blake3 import blake3
 from pydantic import ValidationError
 
 from mars_shared.contracts import PolicyVersion, WeightFile, WeightManifest
-from mars_shared.errors import IntegrityError
+from mars_shared.errors import FencedError, IntegrityError
 from mars_shared.faults import fault
 from mars_shared.files import fsync_path, write_atomic
 
@@ -78,7 +78,11 @@ class WeightsStore:
     def publish(
         self, staged: Path, *, run: str, version: PolicyVersion, model: str, dtype: Literal["float32", "bfloat16"]
     ) -> WeightManifest:
-        """Make a staged folder an immutable snapshot and announce it, durably and in that order."""
+        """Make a staged folder an immutable snapshot and announce it, durably and in that order.
+
+        Raises:
+            FencedError: HEAD is of a newer incarnation; the staged folder is removed.
+        """
         files = sorted(staged.iterdir())
         for file in files:
             fsync_path(file)
@@ -87,6 +91,7 @@ class WeightsStore:
         )
         content = manifest.model_dump_json().encode()
         write_atomic(staged / MANIFEST, content)
+        self._refuse_older_incarnation(staged, version)
         target = self.folder(manifest)
         if target.exists():
             # A damaged one; whoever reads it meanwhile finds it missing, as damaged as before.
@@ -118,6 +123,15 @@ class WeightsStore:
             return True
         (self._root / COMPLAINT).unlink(missing_ok=True)
         return False
+
+    def _refuse_older_incarnation(self, staged: Path, version: PolicyVersion) -> None:
+        head = self.head()
+        if head is not None and head.version.incarnation > version.incarnation:
+            shutil.rmtree(staged)
+            raise FencedError(
+                f"weights {version} are not published, since {self._root / 'HEAD'} announces {head.version}: "
+                "another trainer has taken over; end this one"
+            )
 
     def folder(self, manifest: WeightManifest) -> Path:
         """Where a version's files are, verified or not."""

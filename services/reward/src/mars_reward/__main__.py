@@ -14,6 +14,7 @@ from mars_reward.app import build_app
 from mars_reward.registry import offered
 from mars_reward.worker import RewardWorker
 from mars_shared.errors import MarsError
+from mars_shared.faults import arm
 from mars_shared.http import HttpServer, bind
 from mars_shared.queue import Queue, Streams
 from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging("reward")
     try:
         recipe, deployment = load_recipe(options.recipe), load_deployment()
+        arm(recipe.run.dir)
         with offered(recipe.reward.recipe, time_limit_s=recipe.reward.time_limit_s):
             asyncio.run(serve(recipe, deployment, options.port))
     except MarsError as error:

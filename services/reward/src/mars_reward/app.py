@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from fastapi import FastAPI
 
 from mars_reward.metrics import ITEMS, SECONDS
 from mars_reward.registry import check_recipe, score
-from mars_shared.contracts import ScoreRequest, ScoreResponse
+from mars_shared.contracts import Score, ScoreItem, ScoreRequest, ScoreResponse, Unscored
+from mars_shared.errors import RewardError
 from mars_shared.http import create_app
 from mars_shared.settings import Deployment
+
+logger = logging.getLogger(__name__)
 
 
 def build_app(deployment: Deployment, *, recipe: str, ready: Callable[[], str | None]) -> FastAPI:
@@ -29,7 +33,7 @@ def build_app(deployment: Deployment, *, recipe: str, ready: Callable[[], str | 
     # Not `async`: FastAPI runs it in a thread, so that scoring never holds up the event loop.
     @app.post("/v1/score")
     def score_batch(request: ScoreRequest) -> ScoreResponse:
-        """Score every item; one that cannot be scored refuses the batch and is named by its index."""
+        """Score every item; one whose reward fails has an error in its place, a wrong one refuses the batch by its index."""
         with SECONDS.labels(via="http").time():
             return score_request(request, default_recipe)
 
@@ -41,10 +45,19 @@ def score_request(request: ScoreRequest, default_recipe: str) -> ScoreResponse:
 
     Raises:
         ConfigError: the request names an unknown recipe.
-        InputError: an item cannot be scored; the message names its index.
+        InputError: an item is wrong; the message names its index.
     """
     recipe = check_recipe(request.recipe or default_recipe)
-    scores = tuple(score(item, recipe, what=f"items.{index}") for index, item in enumerate(request.items))
-    for item in request.items:
-        ITEMS.labels(via="http", truth=item.truth.kind).inc()
+    scores = tuple(_score_or_error(item, recipe, what=f"items.{index}") for index, item in enumerate(request.items))
+    for item, found in zip(request.items, scores, strict=True):
+        if isinstance(found, Score):
+            ITEMS.labels(via="http", truth=item.truth.kind).inc()
     return ScoreResponse(recipe=recipe, scores=scores)
+
+
+def _score_or_error(item: ScoreItem, recipe: str, *, what: str) -> Score | Unscored:
+    try:
+        return score(item, recipe, what=what)
+    except RewardError as error:
+        logger.warning("%s", error.detail)
+        return Unscored(error=str(error))

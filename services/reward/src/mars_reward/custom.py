@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import queue
 import select
@@ -13,31 +12,18 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, Self
 
-from mars_reward.metrics import TIME_OUTS
 from mars_reward.parts import Parts
 from mars_shared.contracts import BoxesTruth, ScoreItem
-from mars_shared.errors import ConfigError, RewardError
-
-logger = logging.getLogger(__name__)
+from mars_shared.errors import ConfigError, RewardCpuTimeoutError, RewardDiedError, RewardError, RewardTimeoutError
 
 START_S = 60.0
 """How long importing the user's module may take."""
 WALL_FACTOR = 10.0
 """Wall seconds an item may take, for each CPU second: it may wait for a network, or the machine be busy."""
-
-
-class Ended(StrEnum):
-    """How a sandbox's process ended in the middle of an item."""
-
-    CPU = "cpu"
-    """It used more CPU seconds than an item may."""
-    WALL = "wall"
-    """It took longer than an item may, waiting for something."""
-    EXIT = "exit"
-    """It crashed or left by itself."""
+EXIT_S = 5.0
+"""How long a process that has closed its pipe may take to end."""
 
 
 @dataclass
@@ -60,27 +46,40 @@ class Sandbox:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        reply = self._reply(START_S)
-        if isinstance(reply, dict) and "ready" in reply:
-            return self
-        self.stop()
-        reason = reply["error"] if isinstance(reply, dict) else f"its import ended the process or took {START_S:g} s ({reply})"
-        raise ConfigError(f"reward {self.spec!r}: {reason}")
+        try:
+            reply = self._reply(START_S)
+        except RewardError as error:
+            self.stop()
+            raise ConfigError(f"{error}, at the import of its module") from error
+        if "ready" not in reply:
+            self.stop()
+            raise ConfigError(f"reward {self.spec!r}: {reply['error']}")
+        return self
 
-    def score(self, item: dict[str, Any]) -> dict[str, Any] | Ended:
-        """The function's reply, or how it ended without one; then the next item gets a new process."""
-        if self._process is None:
+    def score(self, item: dict[str, Any]) -> dict[str, Any]:
+        """The function's reply. After an error the next item gets a new process.
+
+        Raises:
+            RewardTimeoutError, RewardCpuTimeoutError, RewardDiedError: there was none; says which limit, or how it ended.
+            ConfigError: a new process was needed and the module fails by now.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self.stop()
             self.start()
         assert self._process is not None and self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(item | {"cpu_s": self.cpu_s}).encode() + b"\n")
-            self._process.stdin.flush()
-            reply = self._reply(self.cpu_s * WALL_FACTOR)
-        except BrokenPipeError:
-            reply = Ended.EXIT
-        if isinstance(reply, Ended):
+            with contextlib.suppress(BrokenPipeError):  # then there is no reply, which says how the process ended
+                self._process.stdin.write(json.dumps(item | {"cpu_s": self.cpu_s}).encode() + b"\n")
+                self._process.stdin.flush()
+            return self._reply(self.wall_s)
+        except RewardError:
             self.stop()
-        return reply
+            raise
+
+    @property
+    def wall_s(self) -> float:
+        """The operating system counts whole CPU seconds, so that short limits need a second's worth of time too."""
+        return WALL_FACTOR * max(self.cpu_s, 1.0)
 
     def stop(self) -> None:
         """End the process and whatever it started."""
@@ -95,20 +94,31 @@ class Sandbox:
             with contextlib.suppress(BrokenPipeError):  # what could not be written is tried again on closing
                 pipe.close()
 
-    def _reply(self, timeout_s: float) -> dict[str, Any] | Ended:
-        """The next line, or why there is none."""
+    def _reply(self, timeout_s: float) -> dict[str, Any]:
+        """The next line, or the error that says why there is none."""
         assert self._process is not None and self._process.stdout is not None
         deadline, line = time.monotonic() + timeout_s, b""
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self._process.stdout], [], [], max(deadline - time.monotonic(), 0))
             if not ready:
-                return Ended.WALL
+                raise RewardTimeoutError(f"reward {self.spec!r} took longer than {timeout_s:g} s by the clock")
             chunk = os.read(self._process.stdout.fileno(), 1 << 16)
             if not chunk:
-                return Ended.CPU if self._process.wait() == -signal.SIGXCPU else Ended.EXIT
+                raise self._death()
             line += chunk
         reply: dict[str, Any] = json.loads(line)
         return reply
+
+    def _death(self) -> RewardError:
+        assert self._process is not None
+        try:
+            code = self._process.wait(EXIT_S)
+        except subprocess.TimeoutExpired:
+            return RewardDiedError(f"reward {self.spec!r} closed the pipe of its process")
+        if code == -signal.SIGXCPU:
+            return RewardCpuTimeoutError(f"reward {self.spec!r} used more than {self.cpu_s:g} CPU seconds (reward.time_limit_s)")
+        how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
+        return RewardDiedError(f"reward {self.spec!r} ended its process ({how})")
 
 
 @dataclass
@@ -134,22 +144,20 @@ class CustomReward:
         return self
 
     def __call__(self, item: ScoreItem) -> Parts:
-        """Score an item. One that takes too long, or the process with it, gets 0: mars_reward_time_outs_total counts them.
+        """Score an item.
 
         Raises:
-            RewardError: the function raised, or returned no finite numbers.
+            RewardError: the function raised, returned no numbers, or (a subclass) took too long or ended its process.
         """
         sandbox = self._idle.get()
         try:
             reply = sandbox.score(_as_json(item))
+        except ConfigError as error:  # the module worked at the start, so that it may work again
+            raise RewardError(str(error)) from error
         finally:
             self._idle.put(sandbox)
-        if isinstance(reply, Ended):
-            TIME_OUTS.labels(cause=reply.value).inc()
-            logger.warning("reward %s ended in the middle of an item (%s), which gets 0", self.spec, reply.value)
-            return Parts({}, parsed=False)
         if "error" in reply:
-            raise RewardError(f"reward {self.spec!r} failed: {reply['error']}")
+            raise RewardError(f"reward {self.spec!r} failed: {reply['error']}", reply["traceback"])
         return Parts(reply["parts"], parsed=True)
 
     def stop(self) -> None:

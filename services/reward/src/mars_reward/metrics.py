@@ -14,5 +14,5 @@ SECONDS = Histogram(
 GROUPS = Counter("mars_reward_groups", "Groups taken from the queue, by what became of them", ["outcome"])
 """`outcome` is "scored", "dead_letter", "retry" or "lease_lost"."""
 
-TIME_OUTS = Counter("mars_reward_time_outs", "Completions that a custom reward did not come back from; they got 0", ["cause"])
-"""`cause` is "cpu", "wall" or "exit"."""
+FAILURES = Counter("mars_reward_failures", "Completions that got no reward, each attempt counted", ["reason"])
+"""`reason` is that of the RewardError, as dead letters name it."""

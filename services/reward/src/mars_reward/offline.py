@@ -2,7 +2,8 @@
 
 A row has `task` ("grounding" or "vqa"), `completion` and `ground_truth` (boxes
 [[x1, y1, x2, y2], ...] in the completion's own coordinates, or a text). The same row comes out
-with `format`, `iou` or `accuracy`, and `score`.
+with `format`, `iou` or `accuracy`, and `score`. With a reward of one's own a row may also have
+`question`; where that reward fails, `score` is null and `error` says why.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mars_reward.registry import check_recipe, score
+from mars_reward.registry import offered, score
 from mars_reward.rewards.released_eval import released_eval
 from mars_shared.contracts import BoxesTruth, BoxFrame, FrameKind, ScoreItem, TextTruth
-from mars_shared.errors import InputError, MarsError
+from mars_shared.errors import ConfigError, InputError, MarsError, RewardError
 from mars_shared.http import explain_validation
+from mars_shared.settings import RewardSection
 
 TASKS = ("grounding", "vqa")
 
@@ -30,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Score a file; returns the exit code."""
     parser = argparse.ArgumentParser(prog="mars score", description="Score completions offline; JSON lines in, JSON lines out.")
     parser.add_argument("rows", type=Path, metavar="ROWS.jsonl")
-    parser.add_argument("--recipe", default="paper", help="paper or released")
+    parser.add_argument("--recipe", default="paper", help="paper, released, or a function of your own as in [reward] recipe")
+    parser.add_argument(
+        "--time-limit", type=float, default=RewardSection().time_limit_s, metavar="S", help="CPU seconds, as reward.time_limit_s"
+    )
     parser.add_argument(
         "--released-eval",
         action="store_true",
@@ -38,16 +43,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        check_recipe(options.recipe)
-        for row in read_rows(options.rows):
-            sys.stdout.write(
-                json.dumps(row.scored(options.recipe, released_eval=options.released_eval), ensure_ascii=False) + "\n"
-            )
+        if not 0 < options.time_limit < math.inf:
+            raise ConfigError(f"--time-limit {options.time_limit}: expected seconds above 0")
+        with offered(options.recipe, time_limit_s=options.time_limit):
+            rows, unscored = _score_rows(options.rows, options.recipe, released_eval=options.released_eval)
+        if unscored:
+            raise RewardError(f"{unscored} of {rows} rows of {options.rows} have no score; their field error says why")
     except MarsError as error:
         sys.stdout.flush()
         sys.stderr.write(f"mars: {error}\n")
         return error.exit_code
     return 0
+
+
+def _score_rows(path: Path, recipe: str, *, released_eval: bool) -> tuple[int, int]:
+    """Write every row with its scores to stdout; returns how many rows there are and how many have no score."""
+    rows = unscored = 0
+    for row in read_rows(path):
+        scored = row.scored(recipe, released_eval=released_eval)
+        rows, unscored = rows + 1, unscored + (scored["score"] is None)
+        sys.stdout.write(json.dumps(scored, ensure_ascii=False) + "\n")
+    return rows, unscored
 
 
 class Row:
@@ -58,14 +74,20 @@ class Row:
         self._where = where
 
     def scored(self, recipe: str, *, released_eval: bool) -> dict[str, Any]:
-        """The row with its scores.
+        """The row with its scores; with "score": null and "error" where the reward fails.
 
         Raises:
             InputError: a field is missing or wrong.
         """
-        item = self._item()
-        found = score(item, recipe, what=self._where)
-        return {**self._values, **found.parts, "score": found.reward, **(_released(item) if released_eval else {})}
+        item = self._item().model_copy(update={"question": self._question()})
+        values = {name: value for name, value in self._values.items() if name != "error"}
+        try:
+            found = score(item, recipe, what=self._where)
+        except RewardError as error:
+            values |= {"score": None, "error": str(error)}
+        else:
+            values |= {**found.parts, "score": found.reward}
+        return values | (_released(item) if released_eval else {})
 
     def _item(self) -> ScoreItem:
         if self._field("task", str) not in TASKS:
@@ -75,6 +97,9 @@ class Row:
             return self._checked(lambda: ScoreItem(completion=completion, truth=TextTruth(text=self._field("ground_truth", str))))
         boxes = self._field("ground_truth", list)
         return self._checked(lambda: _grounding_item(completion, boxes))
+
+    def _question(self) -> str | None:
+        return None if self._values.get("question") is None else self._field("question", str)
 
     def _field(self, name: str, kind: type) -> Any:
         if name not in self._values:

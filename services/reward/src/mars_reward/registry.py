@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from mars_reward.custom import CustomReward
+from mars_reward.metrics import FAILURES
 from mars_reward.parts import Parts, Scorer
 from mars_reward.rewards.grounding import NO_FRAME, check_objects, score_grounding
 from mars_reward.rewards.released import released_grounding, released_vqa
 from mars_reward.rewards.vqa import score_vqa
 from mars_shared.contracts import BoxesTruth, Score, ScoreItem, TextTruth
-from mars_shared.errors import ConfigError, InputError
+from mars_shared.errors import ConfigError, InputError, RewardError, RewardNotFiniteError
 
 
 def _paper_boxes(item: ScoreItem) -> Parts:
@@ -90,23 +91,33 @@ def score(item: ScoreItem, recipe: str, *, what: str = "completion") -> Score:
 
     Raises:
         ConfigError: unknown recipe.
-        InputError: the item lacks something that its scoring needs, or its reward isn't finite.
+        InputError: the item lacks something that its scoring needs.
+        RewardError: the reward failed, or (a subclass) took too long, ended its process or isn't finite.
     """
     scorer = RECIPES[check_recipe(recipe)][item.truth.kind]
     try:
-        found = scorer(item)
+        return to_score(scorer(item))
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
-    return to_score(found, what=what)
+    except RewardError as error:
+        FAILURES.labels(reason=error.reason).inc()
+        raise type(error)(f"{what}: {error}", error.traceback) from error
+    except Exception as error:
+        error.add_note(f"while scoring {what}")
+        raise
 
 
-def to_score(found: Parts, *, what: str) -> Score:
+def to_score(found: Parts) -> Score:
     """The reward as the sum of its parts.
 
     Raises:
-        InputError: a part isn't finite.
+        RewardNotFiniteError: a part isn't finite, or their sum isn't.
     """
     for name, value in found.parts.items():
         if not math.isfinite(value):
-            raise InputError(f"{what}: reward part {name!r} is {value}; expected a finite number")
-    return Score(reward=math.fsum(found.parts.values()), parts=dict(found.parts), parsed=found.parsed)
+            raise RewardNotFiniteError(f"reward part {name!r} is {value}; expected a finite number")
+    try:
+        reward = math.fsum(found.parts.values())
+    except OverflowError:
+        raise RewardNotFiniteError(f"the sum of the reward's parts {dict(found.parts)} is beyond float64") from None
+    return Score(reward=reward, parts=dict(found.parts), parsed=found.parsed)

@@ -1,7 +1,7 @@
 """The isolated process of a custom reward: `python -m mars_reward.sandbox SPEC`; JSON lines in and out.
 
-First line out: {"ready": true} or {"error": ...}. Then for each item one line with "parts" or
-"error". What the function prints goes to stderr. CPU seconds beyond an item's limit end the
+First line out: {"ready": true} or {"error": ...}. Then for each item one line with "parts", or with
+"error" and "traceback". What the function prints goes to stderr. CPU seconds beyond an item's limit end the
 process, whatever holds it up: a signal that no regular expression can keep waiting.
 """
 
@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,7 +41,7 @@ def main() -> None:
     try:
         score = load(sys.argv[1])
     except Exception as error:  # noqa: BLE001  whatever a user's module raises belongs to whoever asked for it
-        _say(replies, {"error": f"{type(error).__name__}: {error}"})
+        _say(replies, _failure(error))
         return
     _say(replies, {"ready": True})
     for line in items:
@@ -49,8 +50,14 @@ def main() -> None:
         try:
             reply: dict[str, Any] = {"parts": score(item)}
         except Exception as error:  # noqa: BLE001  one item's surprise must not end the others' scoring
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            reply = _failure(error)
         _say(replies, reply)
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """The error in one line and with its traceback, both as text that every encoder takes."""
+    texts = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(traceback.format_exception(error))}
+    return {name: text.encode(errors="backslashreplace").decode() for name, text in texts.items()}
 
 
 def load(spec: str) -> Callable[[Mapping[str, Any]], dict[str, float]]:
@@ -133,11 +140,9 @@ async def _awaited(value: Any) -> Any:
 
 def _parts(value: Any, reward: Reward) -> dict[str, float]:
     named = value if isinstance(value, Mapping) else {_name(reward): value}
-    parts = {str(name): float(part) for name, part in named.items()}
-    for name, part in parts.items():
-        if not math.isfinite(part):
-            raise ValueError(f"{_name(reward)} gave {part} for {name!r}; expected a finite number")
-    return parts
+    if not named:
+        raise ValueError(f"{_name(reward)} returned no parts; expected a number or named parts")
+    return {str(name): float(part) for name, part in named.items()}
 
 
 def _name(reward: Reward) -> str:

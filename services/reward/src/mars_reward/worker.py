@@ -13,7 +13,8 @@ from mars_reward.metrics import GROUPS, ITEMS, SECONDS
 from mars_reward.registry import check_recipe, score
 from mars_reward.rewards.released_eval import released_eval
 from mars_shared.contracts import Completion, Purpose, RolloutGroup, Score, ScoredGroup, ScoreItem
-from mars_shared.errors import InputError, LeaseLostError, QueueError
+from mars_shared.errors import InputError, LeaseLostError, QueueError, RewardCpuTimeoutError, RewardError
+from mars_shared.faults import fault
 from mars_shared.http import explain_validation
 from mars_shared.patience import FIRST_PAUSE_S, longer
 from mars_shared.queue import Claim, Queue, Streams
@@ -21,7 +22,10 @@ from mars_shared.queue import Claim, Queue, Streams
 logger = logging.getLogger(__name__)
 
 MAX_ERRORS = 3
-"""Unexpected errors after which a group is given up."""
+"""Errors after which a group is given up."""
+MAX_ERRORS_CPU = 2
+"""The same if the last one was too much CPU time. CPU seconds hardly depend on how busy the machine is, so that another try
+will mostly end alike; one is for a process with work of its own to do, such as a first use. Wall time depends on all."""
 RETRY_PAUSES_S = (1.0, 10.0)
 """Pauses before an error is tried again: what a custom reward asks over a network may come back."""
 MAX_DEATHS = 10
@@ -40,6 +44,7 @@ def score_group(group: RolloutGroup, recipe: str) -> ScoredGroup:
     Raises:
         ConfigError: unknown recipe.
         InputError: no ground truth, or a completion that cannot be scored; the message names it.
+        RewardError: a completion whose reward fails; the message names it.
     """
     started_at, start_s = time.time(), time.perf_counter()
     truth, evaluates = group.prompt.truth, group.prompt.purpose is Purpose.EVAL
@@ -87,6 +92,8 @@ def read_group(payload: bytes) -> RolloutGroup:
 class RewardWorker:
     """Scores groups one at a time until told to stop; Redis may come and go meanwhile.
 
+    A group whose reward failed waits aside before it is handed back; the groups behind it don't.
+
     Args:
         consumer: names this worker; unique among those alive and the same after a restart, so
             that a restarted worker takes up at once what it held.
@@ -104,67 +111,100 @@ class RewardWorker:
         """Why no work can be taken at the moment; None when it can."""
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set; the group in hand is finished first.
+        """Work until `stop` is set; the group in hand is finished first, those that wait are handed back at once.
 
         At the start, and whenever Redis comes back, entries still held under this name come first.
         """
         held: list[Claim] | None = None
         pause_s = FIRST_PAUSE_S
-        while not stop.is_set():
-            try:
-                if held is None:
-                    held = await self._queue.resume(self._streams.rollouts, self._consumer)
-                claim = held.pop(0) if held else await self._next()
-                if claim is not None:
-                    await self._handle(claim)
-                self.problem, pause_s = None, FIRST_PAUSE_S
-            except QueueError as error:
-                self.problem, held = str(error), None
-                logger.warning("waiting %.1f s: %s", pause_s, error)
-                await _wait(stop, pause_s)
-                pause_s = longer(pause_s)
+        ended = asyncio.Event()  # not `stop`: what is handed back before the last claim may be in it, without its pause
+        async with asyncio.TaskGroup() as waiting:
+            while not stop.is_set():
+                try:
+                    if held is None:
+                        held = await self._queue.resume(self._streams.rollouts, self._consumer)
+                    claim = held.pop(0) if held else await self._next()
+                    problem = await self._handle(claim) if claim is not None else None
+                    if claim is not None and problem is not None:
+                        waiting.create_task(self._hand_back(claim, problem, ended))
+                    self.problem, pause_s = None, FIRST_PAUSE_S
+                except QueueError as error:
+                    self.problem, held = str(error), None
+                    logger.warning("waiting %.1f s: %s", pause_s, error)
+                    await _wait(stop, pause_s)
+                    pause_s = longer(pause_s)
+            ended.set()
 
     async def _next(self) -> Claim | None:
         return await self._queue.claim(self._streams.rollouts, self._consumer, wait_s=LOOK_S)
 
-    async def _handle(self, claim: Claim) -> None:
+    async def _handle(self, claim: Claim) -> str | None:
+        """Score the entry and end the claim; returns what went wrong if the claim is to be handed back instead."""
         try:
             async with self._queue.keep(claim):
-                outcome = await self._score(claim)
+                return await self._score(claim)
         except LeaseLostError as error:
-            logger.warning("%s", error)
-            outcome = "lease_lost"
-        GROUPS.labels(outcome=outcome).inc()
+            _lost(error)
+            return None
 
-    async def _score(self, claim: Claim) -> str:
-        """Score the entry and end the claim; returns the outcome as the metric names it."""
-        deaths = claim.attempt - 1 - claim.errors
-        if deaths >= MAX_DEATHS:
-            await self._queue.dead_letter(claim, "worker died", f"{deaths} attempts to score it ended without a word")
-            return "dead_letter"
+    async def _score(self, claim: Claim) -> str | None:
+        fault("reward.after_claim")
+        if claim.deaths >= MAX_DEATHS:
+            await self._give_up(claim, "worker died", f"{claim.deaths} attempts to score it ended without a word")
+            return None
         try:
             scored, payload = await asyncio.to_thread(self._judge, claim.payload)
         except InputError as error:
-            await self._queue.dead_letter(claim, "bad input", str(error))
-            return "dead_letter"
+            await self._give_up(claim, "bad input", str(error))
+            return None
         except Exception as error:  # noqa: BLE001  The worker's edge: one group's surprise must not end the others' work.
-            return await self._give_back(claim, error)
+            reason, detail = _explain(error)
+            if claim.errors + 1 < _errors_allowed(error):
+                return detail
+            await self._give_up(claim, reason, detail)
+            return None
+        fault("reward.before_complete")
         await self._queue.complete(claim, forward=self._streams.scored(scored.group.prompt.purpose), payload=payload)
+        fault("reward.after_complete")
+        GROUPS.labels(outcome="scored").inc()
         _count(scored)
-        return "scored"
+        return None
 
     def _judge(self, payload: bytes) -> tuple[ScoredGroup, bytes]:
         scored = score_group(read_group(payload), self._recipe)
         return scored, scored.model_dump_json().encode()
 
-    async def _give_back(self, claim: Claim, error: Exception) -> str:
-        detail = "".join(traceback.format_exception(error))
-        if claim.errors + 1 >= MAX_ERRORS:
-            await self._queue.dead_letter(claim, "reward failed", detail)
-            return "dead_letter"
-        await asyncio.sleep(RETRY_PAUSES_S[claim.errors])
-        await self._queue.retry(claim, detail)
-        return "retry"
+    async def _give_up(self, claim: Claim, reason: str, detail: str) -> None:
+        await self._queue.dead_letter(claim, reason, detail)
+        GROUPS.labels(outcome="dead_letter").inc()
+
+    async def _hand_back(self, claim: Claim, problem: str, ended: asyncio.Event) -> None:
+        """Keep the lease for a pause, which the worker's end cuts short, then report the error."""
+        try:
+            async with self._queue.keep(claim):
+                await _wait(ended, RETRY_PAUSES_S[claim.errors])
+                await self._queue.retry(claim, problem)
+            GROUPS.labels(outcome="retry").inc()
+        except LeaseLostError as error:
+            _lost(error)
+        except QueueError as error:
+            logger.warning("%s is not handed back and will be taken up when its lease ends: %s", claim, error)
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """Reason and detail for a dead letter."""
+    if isinstance(error, RewardError):
+        return error.reason, error.detail
+    return RewardError.reason, "".join(traceback.format_exception(error))
+
+
+def _errors_allowed(error: Exception) -> int:
+    return MAX_ERRORS_CPU if isinstance(error, RewardCpuTimeoutError) else MAX_ERRORS
+
+
+def _lost(error: LeaseLostError) -> None:
+    logger.warning("%s", error)
+    GROUPS.labels(outcome="lease_lost").inc()
 
 
 def _count(scored: ScoredGroup) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mars_rollout.engine.environment import configure_environment
 from mars_shared.errors import MarsError
+from mars_shared.faults import arm
 from mars_shared.http import bind, check_bind
 from mars_shared.model_folder import check_model_folder
 from mars_shared.queue import Queue
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failure: MarsError | None = None
     try:
         recipe, deployment = load_recipe(options.recipe), load_deployment()
+        arm(recipe.run.dir)
         check_bind(deployment)
         asyncio.run(serve(recipe, deployment, bind(deployment.host, options.port), options.name))
     except* MarsError as group:

@@ -31,6 +31,7 @@ from mars_shared.contracts import (
     Source,
     TextTruth,
     Truth,
+    Unscored,
     View,
 )
 from mars_shared.contracts.prompt import Box, SourceName
@@ -76,10 +77,13 @@ class GroupRequest(Contract):
 
 
 class GroupAnswer(Contract):
-    """A group with, if a truth was given, one score per completion and the gain of seeing all sources."""
+    """A group with, if a truth was given, one score or error per completion and the gain of seeing all sources.
+
+    Without a score for each there is no gain.
+    """
 
     group: RolloutGroup
-    scores: tuple[Score, ...] | None = None
+    scores: tuple[Score | Unscored, ...] | None = None
     recipe: str | None = None
     gain: float | None = Field(default=None, description="mean multi-source reward - mean mono-source reward")
 
@@ -251,9 +255,11 @@ class RewardClient:
         return ScoreResponse.model_validate_json(response.content)
 
 
-def _gain(group: RolloutGroup, scores: Sequence[Score]) -> float | None:
+def _gain(group: RolloutGroup, scores: Sequence[Score | Unscored]) -> float | None:
     rewards: dict[Kind, list[float]] = {Kind.MULTI: [], Kind.MONO: []}
     for completion, score in zip(group.completions, scores, strict=True):
+        if isinstance(score, Unscored):
+            return None
         rewards[completion.kind].append(score.reward)
     if not rewards[Kind.MONO]:
         return None

@@ -7,7 +7,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from mars_shared.contracts import PolicyVersion, RolloutGroup
 
 GROUPS = Counter("mars_rollout_groups", "Groups, by purpose and by what became of them", ["purpose", "outcome"])
-"""`outcome` is "made", "dead_letter", "retry", "lease_lost" or "superseded"."""
+"""`outcome` is "made", "dead_letter", "retry", "handed_back", "lease_lost" or "superseded"."""
 
 TOKENS = Counter("mars_rollout_tokens", "Sampled tokens", ["purpose", "kind"])
 """`kind` is "multi" or "mono"."""

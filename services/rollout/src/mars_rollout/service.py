@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 WATCH_S = 0.5
 SWEEP_S = 300.0
 FINISH_S = 10.0
-"""How long groups in hand may take to finish after a stop; then their leases lapse."""
+"""How long groups in hand may take to finish after a stop; then they are handed back."""
 
 
 class Replica:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 from pydantic import ValidationError
 
@@ -14,6 +13,7 @@ from mars_rollout.metrics import GROUPS, count_group
 from mars_rollout.policy import Policy, SupersededError
 from mars_shared.contracts import Prompt, RolloutGroup
 from mars_shared.errors import InputError, LeaseLostError, MarsError
+from mars_shared.faults import fault
 from mars_shared.http import explain_validation
 from mars_shared.patience import patiently
 from mars_shared.queue import Claim, Queue, Streams
@@ -22,14 +22,23 @@ logger = logging.getLogger(__name__)
 
 MAX_ERRORS = 3
 """Reported errors after which a prompt is given up."""
+SUSPECT_DEATHS = 2
+"""Attempts that ended without a word after which a prompt is made alone, so that a further death tells something."""
+MAX_LONE_DEATHS = 3
+"""Such attempts, with nothing else in the replica's hands, after which a prompt is given up."""
 MAX_DEATHS = 20
-"""Attempts that ended without a word after which a prompt is given up; replicas die of other things too."""
+"""Attempts that ended without a word, in whatever company, after which a prompt is given up; replicas die of other things too."""
 LOOK_S = 0.5
 """Longest wait for a new entry, and so for noticing a stop."""
+HAND_BACK_S = 2.0
+"""How long handing one prompt back may take; then its lease lapses."""
 
 
 class RolloutWorker:
     """Makes up to `concurrency` groups at a time until told to stop.
+
+    A prompt whose attempts ended without a word twice is suspicious: it is made alone, since of several
+    in the hands of a replica that died nobody knows which one it died of.
 
     Args:
         consumer: names this replica; the same after a restart, so that it takes up at once what it held.
@@ -55,55 +64,86 @@ class RolloutWorker:
         self._consumer = consumer
         self._concurrency = concurrency
         self._healthy = healthy
+        self._waiting: list[Claim] = []
+        """Claimed and not begun: what a predecessor of this name held."""
+        self._in_hand: set[asyncio.Task[None]] = set()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, then finish what is in hand.
+        """Work until `stop` is set, then finish what is in hand; cancelled, hand back what is not finished.
 
         Raises:
             ExceptionGroup: of the MarsError that makes this replica useless.
         """
-        slots = asyncio.Semaphore(self._concurrency)
-        held: list[Claim] | None = None
         async with asyncio.TaskGroup() as tasks:
-            while await self._free_slot(slots, stop):
-                if held is None:
-                    held = await patiently(lambda: self._queue.resume(self._streams.prompts, self._consumer))
-                claim = held.pop(0) if held else await patiently(self._next)
-                if claim is None:
-                    slots.release()
-                else:
-                    tasks.create_task(self._handle(claim, slots))
+            try:
+                self._waiting = await patiently(lambda: self._queue.resume(self._streams.prompts, self._consumer))
+                while await self._free_slot(stop):
+                    claim = self._waiting.pop(0) if self._waiting else await patiently(self._next)
+                    if claim is not None:
+                        await self._begin(claim, tasks)
+            finally:
+                await self._hand_back_waiting()
 
     async def _next(self) -> Claim | None:
         return await self._queue.claim(self._streams.prompts, self._consumer, wait_s=LOOK_S)
 
-    @staticmethod
-    async def _free_slot(slots: asyncio.Semaphore, stop: asyncio.Event) -> bool:
-        """Wait for a free slot; False if the worker is to stop."""
+    async def _free_slot(self, stop: asyncio.Event) -> bool:
+        """Wait until fewer than `concurrency` groups are in hand; False if the worker is to stop."""
         while not stop.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
-                    await slots.acquire()
-                    return True
+            if len(self._in_hand) < self._concurrency:
+                return True
+            await asyncio.wait(self._in_hand, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
         return False
 
-    async def _handle(self, claim: Claim, slots: asyncio.Semaphore) -> None:
+    async def _begin(self, claim: Claim, tasks: asyncio.TaskGroup) -> None:
+        """Make the group beside others; a suspicious one alone: when this returns, it is done."""
+        if claim.deaths >= SUSPECT_DEATHS:
+            await self._hand_back_waiting()
+            await self._handle(claim, alone=True)
+        else:
+            task = tasks.create_task(self._handle(claim))
+            self._in_hand.add(task)
+            task.add_done_callback(self._in_hand.discard)
+
+    async def _handle(self, claim: Claim, *, alone: bool = False) -> None:
+        """Make the entry's group, `alone` once nothing else is in hand, and end or lose the claim."""
         try:
             async with self._queue.keep(claim):
-                await self._answer(claim)
+                if alone and self._in_hand:
+                    await asyncio.wait(self._in_hand)
+                await self._answer(claim, alone=alone)
         except LeaseLostError as error:
             logger.warning("%s", error)
             GROUPS.labels(purpose="unknown", outcome="lease_lost").inc()
-        finally:
-            slots.release()
+        except asyncio.CancelledError:
+            # Of an engine that died the prompts in hand may be the cause: their leases lapse, which counts.
+            if self._healthy():
+                await self._hand_back(claim)
+            raise
 
-    async def _answer(self, claim: Claim) -> None:
+    async def _hand_back_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        await asyncio.gather(*(self._hand_back(claim) for claim in waiting))
+
+    async def _hand_back(self, claim: Claim) -> None:
+        try:
+            async with asyncio.timeout(HAND_BACK_S):
+                await patiently(lambda: self._queue.hand_back(claim))
+        except TimeoutError:
+            logger.warning("%s is not handed back, since Redis does not answer; its lease lapses", claim)
+        except LeaseLostError as error:
+            logger.warning("%s", error)
+        else:
+            GROUPS.labels(purpose="unknown", outcome="handed_back").inc()
+
+    async def _answer(self, claim: Claim, *, alone: bool) -> None:
         """Make the entry's group and end the claim, one way or another."""
+        fault("rollout.after_claim")
         prompt = await self._read(claim)
         if prompt is None:
             return
         try:
-            group = await self._make(prompt)
+            group = await self._make(prompt, alone=claim if alone else None)
         except SupersededError as error:
             logger.info("dropped: %s", error)
             await self._end(prompt, "superseded", lambda: self._queue.complete(claim))
@@ -121,12 +161,13 @@ class RolloutWorker:
             await self._give_back(claim, prompt, error)
         else:
             payload = group.model_dump_json().encode()
+            fault("rollout.before_complete")
             await patiently(lambda: self._queue.complete(claim, forward=self._streams.rollouts, payload=payload))
+            fault("rollout.after_complete")
             count_group(group)
 
     async def _read(self, claim: Claim) -> Prompt | None:
         """The entry's prompt; None if the entry was given up."""
-        deaths = claim.attempt - 1 - claim.errors
         try:
             prompt = Prompt.model_validate_json(claim.payload)
         except ValidationError as error:
@@ -135,14 +176,20 @@ class RolloutWorker:
             await patiently(lambda: self._queue.dead_letter(claim, "unreadable", detail))
             GROUPS.labels(purpose="unknown", outcome="dead_letter").inc()
             return None
-        if deaths >= MAX_DEATHS:
-            detail = f"{deaths} attempts to make its group ended without a word"
+        if claim.lone_deaths >= MAX_LONE_DEATHS or claim.deaths >= MAX_DEATHS:
+            detail = (
+                f"{claim.deaths} attempts to make its group ended without a word, "
+                f"{claim.lone_deaths} of them with no other group in the replica's hands"
+            )
             await self._end(prompt, "dead_letter", lambda: self._queue.dead_letter(claim, "replica died", detail))
             return None
         return prompt
 
-    async def _make(self, prompt: Prompt) -> RolloutGroup:
+    async def _make(self, prompt: Prompt, *, alone: Claim | None) -> RolloutGroup:
+        """The prompt's group; `alone` is the claim whose lone attempt this is."""
         async with self._policy.hold(prompt) as pull_s:
+            if alone is not None:
+                await patiently(lambda: self._queue.begin_alone(alone))
             return await self._maker.make(prompt, pull_s=pull_s)
 
     async def _give_back(self, claim: Claim, prompt: Prompt, error: Exception) -> None:

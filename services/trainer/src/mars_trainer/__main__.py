@@ -81,7 +81,8 @@ async def serve(recipe: Recipe, deployment: Deployment, port: int, mode: str) ->
     data = RunData((), open_held_out(recipe.data)) if mode == "evaluate" else open_data(recipe.data)
     queue = trainer_queue(deployment.redis_url)
     await queue.ping()
-    run = build_run(recipe, queue, data)
+    run = build_run(recipe, queue, data, newest_incarnation=await queue.newest_incarnation(recipe.run.name))
+    await queue.begin_incarnation(recipe.run.name, run.version.incarnation)
     server = HttpServer(build_app(deployment, run.progress), bind(deployment.host, port))
     await server.start()
     work = run.evaluate_newest() if mode == "evaluate" else run.run()
@@ -109,8 +110,8 @@ async def stopped(loop: asyncio.AbstractEventLoop) -> None:
     await event.wait()
 
 
-def build_run(recipe: Recipe, queue: Queue, data: RunData) -> TrainingRun:
-    """A run that goes on from its newest checkpoint, under an incarnation newer than all before."""
+def build_run(recipe: Recipe, queue: Queue, data: RunData, *, newest_incarnation: int = 0) -> TrainingRun:
+    """A run that goes on from its newest checkpoint, under an incarnation newer than all before, on disk and in Redis."""
     blobs = BlobStore(recipe.run.dir / "blobs")
     weights = WeightsStore(recipe.run.dir / "weights")
     weights.sweep()
@@ -120,7 +121,8 @@ def build_run(recipe: Recipe, queue: Queue, data: RunData) -> TrainingRun:
     newest = checkpoints.load_newest(run=recipe.run.name, model=fingerprint)
     learner = Learner(recipe, blobs)
     head = weights.head()
-    incarnation = 1 + max(newest.ledger.version.incarnation if newest else 0, head.version.incarnation if head else 0)
+    on_disk = max(newest.ledger.version.incarnation if newest else 0, head.version.incarnation if head else 0)
+    incarnation = 1 + max(on_disk, newest_incarnation)
     version = PolicyVersion(incarnation=incarnation, step=newest.ledger.version.step if newest else 0)
     if newest is None:
         ledger = Ledger(run=recipe.run.name, model=fingerprint, version=version, next_dispatch_index=0, consumed=())

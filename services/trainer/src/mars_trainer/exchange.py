@@ -176,7 +176,13 @@ class Exchange:
 
     async def _put(self, prompt: Prompt) -> PutResult:
         key = self._keys[prompt.task_id] = f"{self.incarnation}/{prompt.task_id}/{self._nonce}-{self._asked[prompt.task_id]}"
-        return await self.queue.put(self.streams.prompts, prompt.model_dump_json().encode(), dedupe_key=key, bound=self.bound)
+        return await self.queue.put(
+            self.streams.prompts,
+            prompt.model_dump_json().encode(),
+            dedupe_key=key,
+            bound=self.bound,
+            incarnation=self.incarnation,
+        )
 
     async def _receive(self, answers: list[Answer], *, wait_s: float) -> None:
         claim = await self.queue.claim(self.streams.scored(self.purpose), CONSUMER, wait_s=wait_s)

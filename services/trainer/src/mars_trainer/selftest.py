@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 
 from mars_shared.contracts import BoxFrame, FrameKind, PolicyVersion, Prompt, RenderedView, RolloutGroup
-from mars_shared.errors import InputError, SelfTestError
+from mars_shared.errors import InputError, RewardError, SelfTestError
 from mars_shared.frames import resolved_box_frame
 from mars_shared.images import pixel_hash
 from mars_shared.queue import DeadLetter
@@ -29,7 +29,13 @@ from mars_trainer.learner import Learner, members_of
 
 SAMPLES_TRIED = 3
 """Training samples that may be unusable before the run is refused."""
-UNUSABLE = {"InputError", *(kind.__name__ for kind in InputError.__subclasses__()), "bad input", "reward failed"}
+UNUSABLE = {
+    "InputError",
+    *(kind.__name__ for kind in InputError.__subclasses__()),
+    "bad input",
+    RewardError.reason,
+    *(kind.reason for kind in RewardError.__subclasses__()),
+}
 """Reasons of dead letters that may lie in the sample alone."""
 PER_MILLE = 1000
 

@@ -17,7 +17,7 @@ from mars_shared.contracts.prompt import (
     Truth,
     View,
 )
-from mars_shared.contracts.reward import ReleasedEval, Score, ScoredGroup, ScoreItem, ScoreRequest, ScoreResponse
+from mars_shared.contracts.reward import ReleasedEval, Score, ScoredGroup, ScoreItem, ScoreRequest, ScoreResponse, Unscored
 from mars_shared.contracts.rollout import (
     BoxFrame,
     Completion,
@@ -57,6 +57,7 @@ __all__ = [
     "Source",
     "TextTruth",
     "Truth",
+    "Unscored",
     "VersionSpan",
     "View",
     "WeightFile",

@@ -35,6 +35,12 @@ class Score(Contract):
     parsed: bool = Field(description="whether an answer could be read from the completion")
 
 
+class Unscored(Contract):
+    """In the place of a score: why the completion has none. Rewards of the recipes `paper` and `released` always score."""
+
+    error: str
+
+
 class ScoreRequest(Message):
     """Body of POST /v1/score: a batch, scored item by item in order."""
 
@@ -46,7 +52,7 @@ class ScoreResponse(Message):
     """Scores in the order of the request's items."""
 
     recipe: str
-    scores: tuple[Score, ...]
+    scores: tuple[Score | Unscored, ...]
 
 
 class ScoredGroup(Message):
