@@ -116,7 +116,7 @@ def _lose_redis_file(run: Run, fault: Fault) -> Blow | None:
 def _freeze(run: Run, name: str | None) -> Blow | None:
     if name is None or not run.can_suffer(name):
         return None
-    pid = run.supervisor.pids()[name]
+    pid = run.stack.supervisor.pids()[name]
     os.killpg(pid, signal.SIGSTOP)
     try:
         thaw_at = time.monotonic() + FREEZE_S
@@ -174,11 +174,11 @@ def _tear_checkpoint(run: Run, fault: Fault) -> Blow | None:
     """The trainer is frozen first, so that no checkpoint comes or goes meanwhile."""
     if not run.can_suffer(TRAINER):
         return None
-    os.kill(run.supervisor.pids()[TRAINER], signal.SIGSTOP)
+    os.kill(run.stack.supervisor.pids()[TRAINER], signal.SIGSTOP)
     root = run.folder / "checkpoints"
     steps = sorted(int(path.name[5:]) for path in root.glob("step_*"))
     if len(steps) < 2:
-        os.kill(run.supervisor.pids()[TRAINER], signal.SIGCONT)
+        os.kill(run.stack.supervisor.pids()[TRAINER], signal.SIGCONT)
         return None
     newest, refused = root / f"step_{steps[-1]}", set(root.glob("refused-*"))
     files = sorted(path for path in newest.iterdir())

@@ -22,8 +22,8 @@ from mars_shared.http import bind
 from mars_shared.queue import Streams
 from mars_shared.server import HOST, EmbeddedValkey
 from mars_shared.settings import Recipe, load_recipe
-from mars_shared.stack import TRAINER, Ports, running_stack, service_url
-from mars_shared.supervisor import MANY_DEATHS, MANY_DEATHS_S, POLL_S, Supervisor
+from mars_shared.stack import TRAINER, Ports, Stack, running_stack, service_url
+from mars_shared.supervisor import MANY_DEATHS, MANY_DEATHS_S, POLL_S
 from mars_shared.telemetry import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ class Run:
     folder: Path
     recipe: Recipe
     ports: Ports
-    supervisor: Supervisor
+    stack: Stack
     say: Callable[[str], None]
     started: float = field(default_factory=time.monotonic)
     _deaths: defaultdict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
@@ -99,7 +99,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.supervisor.finished(TRAINER)
+        return self.stack.supervisor.finished(TRAINER)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return read_events(self.folder / "events.jsonl", kind)
@@ -131,7 +131,7 @@ class Run:
             ServiceFailedError: the supervisor gave a service up.
             StalledError: nothing has happened for STALL_S.
         """
-        self.supervisor.poll()
+        self.stack.poll()
         progress, now = self.progress, time.monotonic()
         if progress != self._last_progress[0]:
             self._last_progress = (progress, now)
@@ -149,7 +149,8 @@ class Run:
         return True
 
     def pid(self, name: str) -> int | None:
-        return self.supervisor.pids().get(name)
+        """Process id of a service, None while it does not run."""
+        return self.stack.supervisor.pids().get(name)
 
     def can_suffer(self, name: str) -> bool:
         """Whether a service is ready, and has not died so often of late that the supervisor would give it up."""
@@ -174,7 +175,7 @@ class Run:
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> int:
         """Send a service the signal that ends it; returns its process id."""
-        pid = self.supervisor.pids()[name]
+        pid = self.stack.supervisor.pids()[name]
         os.kill(pid, number)
         self._deaths[name].append(time.monotonic())
         return pid
@@ -216,8 +217,8 @@ def observed_run(
     ports = free_ports(replicas)
     with environment({"MARS_LEASE_S": f"{LEASE_S:g}", "MARS_FAULT": faults, RUN_VARIABLE: str(folder)}):
         recipe = load_recipe(path)
-        with running_stack(path, recipe, ports=ports, trainer="once", say=lambda line: say(f"    {line}")) as supervisor:
-            run = Run(folder, recipe, ports, supervisor, say)
+        with running_stack(path, recipe, ports=ports, trainer="once", say=lambda line: say(f"    {line}")) as stack:
+            run = Run(folder, recipe, ports, stack, say)
             try:
                 yield run
             finally:
