@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from builders import make_group, make_score, make_scored
 from loop_doubles import Pupil, Shelf, make_run
@@ -41,6 +42,8 @@ class Fleet:
     queue: Queue
     shelf: Shelf
     streams: Streams
+    text: str = "7"
+    """Of every completion."""
     sampled: list[int] = field(default_factory=list)
 
     async def replica(self, name: str, seconds_per_token: float) -> None:
@@ -57,6 +60,7 @@ class Fleet:
     def _group(self, prompt: Prompt) -> RolloutGroup:
         length, version = length_of(prompt.dispatch_index), self.shelf.versions[-1]
         update = {
+            "text": self.text,
             "token_ids": (5,) * length,
             "logprobs": (-0.5,) * length,
             "spans": (VersionSpan(version=version, start=0, end=length),),
@@ -99,7 +103,15 @@ async def queue(valkey: EmbeddedValkey) -> AsyncIterator[Queue]:
 
 
 def make_async_run(
-    folder: Path, queue: Queue, run_name: str, pupil: Pupil, shelf: Shelf, *, checkpoint: Ledger | None = None, max_staleness: int
+    folder: Path,
+    queue: Queue,
+    run_name: str,
+    pupil: Pupil,
+    shelf: Shelf,
+    *,
+    checkpoint: Ledger | None = None,
+    max_staleness: int,
+    checkpoint_every: int = 3,
 ) -> TrainingRun:
     incarnation = checkpoint.version.incarnation + 1 if checkpoint else 1
     training, evaluation = (
@@ -115,7 +127,7 @@ def make_async_run(
         steps=STEPS,
         prompts_per_step=BATCH,
         dynamic_sampling="none",
-        checkpoint_every=3,
+        checkpoint_every=checkpoint_every,
         max_staleness=max_staleness,
     )
 
@@ -184,3 +196,27 @@ async def test_no_stream_ever_holds_more_than_admission_allows(
     assert highest[streams.prompts] <= 2 * BATCH and highest[streams.rollouts] <= 2 * BATCH
     # Trained groups stay until the checkpoint, every third step; those of two steps may come in meanwhile.
     assert BATCH <= highest[streams.scored(Purpose.TRAIN)] <= (3 + 2) * BATCH
+
+
+async def test_a_redis_at_its_memory_limit_slows_the_run_and_does_not_break_it(
+    tmp_path: Path, run_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mars_trainer.exchange.RECONCILE_S", 0.5)
+    with EmbeddedValkey(tmp_path / "valkey") as small:
+        queue, patient_queue = trainer_queue(small.url), Queue(small.url, lease_s=600)
+        used = int(small_client(small).info("memory")["used_memory"])
+        # A group has about 40 kB: the four of a step fit, the 32 of the run don't.
+        small_client(small).config_set("maxmemory", used + 900_000)
+        shelf, pupil = Shelf(), Pupil()
+        run = make_async_run(tmp_path, queue, run_name, pupil, shelf, checkpoint_every=STEPS, max_staleness=0)
+        async with working(Fleet(patient_queue, shelf, Streams(run_name), text="x" * 10_000)):
+            await train(run)
+        await queue.close()
+        await patient_queue.close()
+    assert [index for step in pupil.steps for index in step] == list(range(STEPS * BATCH))
+    early = [checkpoint.ledger.version.step for checkpoint in shelf.checkpoints[:-1]]
+    assert early and max(early) < STEPS, "a checkpoint came before its time, to let Redis forget"
+
+
+def small_client(valkey: EmbeddedValkey) -> Redis:
+    return Redis.from_url(valkey.url, protocol=2)
