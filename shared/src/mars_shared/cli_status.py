@@ -37,7 +37,7 @@ def status(
 def _table(folder: Path, state: StackState, deployment: Deployment) -> Table:
     table = Table(title=f"{state.run} in {folder} (supervisor {state.supervisor_pid})")
     for column in ("service", "pid", "address", "state"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for name, address, said in _rows(state, deployment):
         pid = state.pids.get(name)
         table.add_row(name, "-" if pid is None else str(pid), address, Text(said))
