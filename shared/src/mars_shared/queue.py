@@ -226,7 +226,7 @@ class Queue:
                 # Redis 6.2 wraps a script's error in a general one, so the class alone doesn't tell.
                 if "command not allowed when used memory > 'maxmemory'" not in str(error):
                     raise
-                logger.warning("Redis at %s is at its maxmemory; %s is treated as full", self._where, stream)
+                logger.debug("Redis at %s is at its maxmemory; %s is treated as full", self._where, stream)
                 return PutResult.FULL
         return answer if isinstance(answer, int) else PutResult(answer.decode())
 

@@ -89,6 +89,7 @@ class Exchange:
     _held: set[str] = field(default_factory=set)
     _retries: deque[Retry] = field(default_factory=deque)
     _last_dead: str = "0"
+    _full: bool = False
     _next_dead_look: float = 0.0
     _next_reconcile: float = 0.0
 
@@ -175,11 +176,18 @@ class Exchange:
             self._outstanding[prompt.task_id] = prompt
             if await self._put(prompt) is PutResult.FULL:
                 del self._outstanding[prompt.task_id]
+                self._say_full(len(self._waiting))
                 if not self._outstanding:
                     await self.relieve()
                 return
+            self._full = False
             self._waiting.popleft()
             fault("trainer.after_ask")
+
+    def _say_full(self, waiting: int) -> None:
+        if not self._full:
+            logger.warning("Redis takes no more prompts at the moment; %d wait", waiting)
+        self._full = True
 
     async def _put(self, prompt: Prompt) -> PutResult:
         key = self._keys[prompt.task_id] = f"{self.incarnation}/{prompt.task_id}/{self._nonce}-{self._asked[prompt.task_id]}"
