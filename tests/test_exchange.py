@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from builders import make_group, make_prompt, make_score, make_scored
 from mars_shared.contracts import PolicyVersion, Prompt, Purpose, RolloutGroup, ScoredGroup
@@ -524,6 +525,44 @@ async def test_redis_may_die_in_the_middle_with_its_data_or_without(
         await queue.close()
         await worker_queue.close()
         await asyncio.to_thread(own_valkey.stop)
+
+
+async def test_a_flushed_redis_costs_only_what_the_trainer_had_not_read(
+    own_valkey: EmbeddedValkey, run_name: str, fast: None
+) -> None:
+    own_valkey.start()
+    queue, worker_queue = trainer_queue(own_valkey.url), Queue(own_valkey.url, lease_s=600)
+    try:
+        exchange = make_exchange(queue, run_name)
+        await exchange.start()
+        gathering = asyncio.create_task(exchange.gather(prompts_of(run_name, *range(6))))
+        worker = Worker(worker_queue, run_name)
+        await filled(worker_queue, exchange.streams.prompts, 6, gathering)
+        while len(worker.seen) < 4:
+            assert await worker.step()
+        for _ in range(3):
+            await move_one(worker_queue, exchange.streams)
+        await until(lambda: exchange.outstanding == 3, gathering)
+        with Redis.from_url(own_valkey.url, protocol=2) as client:
+            client.flushall()
+        async with working(worker):
+            answers = await patiently(gathering)
+        assert indices(answers) == list(range(6))
+        # Three were read before; the fourth was made, not read and lost; two were not made yet.
+        assert sorted(worker.seen) == sorted(f"train-{index:08d}" for index in (0, 1, 2, 3, 3, 4, 5))
+        await exchange.acknowledge(claims_of(answers))
+    finally:
+        await queue.close()
+        await worker_queue.close()
+        await asyncio.to_thread(own_valkey.stop)
+
+
+async def move_one(queue: Queue, streams: Streams) -> None:
+    """Score one rollout."""
+    claim = await queue.claim(streams.rollouts, "scorer", wait_s=PATIENT_S)
+    assert claim is not None
+    prompt = RolloutGroup.model_validate_json(claim.payload).prompt
+    await queue.complete(claim, forward=streams.scored(prompt.purpose), payload=scored(prompt).model_dump_json().encode())
 
 
 async def test_acknowledging_waits_for_redis(own_valkey: EmbeddedValkey, run_name: str, fast: None) -> None:
