@@ -3,6 +3,7 @@
 PYTHON ?= python3
 SEED ?= 0
 DATA ?= digits
+PORT ?= 8100
 
 # MARS_STACK=cpu or cuda chooses the stack.
 .PHONY: help setup demo test verify warm-start clean
@@ -13,8 +14,8 @@ help: ## list the targets
 setup: ## create .venv and install everything (CUDA stack if an NVIDIA GPU is there, else CPU); seconds when done
 	@$(PYTHON) deploy/setup_env.py
 
-demo: setup ## train the tiny policy through all services: make demo [SEED=n] [DATA=digits|scene]
-	@.venv/bin/mars demo --data $(DATA) --seed $(SEED)
+demo: setup ## train the tiny policy through all services: make demo [SEED=n] [DATA=digits|scene] [PORT=n]
+	@.venv/bin/mars demo --data $(DATA) --seed $(SEED) --port $(PORT)
 
 test: setup ## lint, types, import rules and all tests
 	@.venv/bin/ruff check .
