@@ -28,12 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8200, help="port of the HTTP API (default: 8200)")
     parser.add_argument("--check", action="store_true", help="find the recipe's reward, import it if it is one's own, and end")
     options = parser.parse_args(arguments)
-    configure_logging("reward")
     try:
         recipe, deployment = load_recipe(options.recipe), load_deployment()
         if options.check:
             check(recipe)
             return 0
+        configure_logging("reward")
         arm(recipe.run.dir)
         with offered(recipe.reward.recipe, time_limit_s=recipe.reward.time_limit_s):
             asyncio.run(serve(recipe, deployment, options.port))
