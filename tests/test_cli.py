@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from command_line import CommandLine, command_line
 from mars_shared import cli, cli_rollout
 from mars_shared.errors import ConfigError
 from mars_shared.http import bind
+from mars_shared.stack import StackState
+
+__all__ = ["command_line"]
 
 
 def test_a_run_is_put_aside_under_the_first_free_number(tmp_path: Path) -> None:
@@ -119,3 +123,23 @@ def test_a_dry_run_asks_the_reward_service_too_whatever_else_is_wrong(tmp_path: 
     assert done.returncode == 2 and 'recipe = "papre"' in done.stdout
     assert "model folder gone: no such folder" in done.stderr and "mars_reward: " in done.stderr and "papre" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_service_that_runs_and_does_not_answer_is_starting(tmp_path: Path, command_line: CommandLine) -> None:
+    base = free_ports()
+    state = StackState(
+        run="r",
+        supervisor_pid=os.getpid(),
+        host="127.0.0.1",
+        replicas={"rollout-0": base, "rollout-1": base + 1},
+        reward_port=base + 100,
+        trainer_port=base + 200,
+        pids={"rollout-0": 11, "reward": 12, "trainer": 13},
+    )
+    (tmp_path / "stack.json").write_text(state.model_dump_json())
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in command_line("status", str(tmp_path)).stdout.splitlines()
+    ]
+    said = {row[0]: row[3] for row in rows if row}
+    assert said["rollout-0"] == said["reward"] == said["trainer"] == "starting, does not answer yet"
+    assert said["rollout-1"] == "does not run at the moment; its log says why"
