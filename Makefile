@@ -4,6 +4,7 @@ PYTHON ?= python3
 SEED ?= 0
 DATA ?= digits
 FAULTS ?= 50
+PORT ?= 8100
 
 # MARS_STACK=cpu or cuda chooses the stack.
 .PHONY: help setup demo test chaos verify warm-start clean
@@ -14,8 +15,8 @@ help: ## list the targets
 setup: ## create .venv and install everything (CUDA stack if an NVIDIA GPU is there, else CPU); seconds when done
 	@$(PYTHON) deploy/setup_env.py
 
-demo: setup ## train the tiny policy through all services: make demo [SEED=n] [DATA=digits|scene]
-	@.venv/bin/mars demo --data $(DATA) --seed $(SEED)
+demo: setup ## train the tiny policy through all services: make demo [SEED=n] [DATA=digits|scene] [PORT=n]
+	@.venv/bin/mars demo --data $(DATA) --seed $(SEED) --port $(PORT)
 
 test: setup ## lint, types, import rules and all tests
 	@.venv/bin/ruff check .
@@ -30,6 +31,7 @@ verify: setup ## long checks, hours: the demo's promises; every fault point, 50 
 	@.venv/bin/python benchmarks/verify_demo.py
 	@.venv/bin/python benchmarks/verify_faults.py
 	@.venv/bin/python benchmarks/verify_chaos.py --faults 50
+	@.venv/bin/python benchmarks/commit_cost.py
 	@.venv/bin/python benchmarks/verify_algorithms.py
 
 warm-start: setup ## make models/tiny again from nothing (about 13 minutes on two cores)

@@ -6,13 +6,19 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from mars_shared import cli
+from command_line import CommandLine, command_line
+from mars_shared import cli, cli_rollout
+from mars_shared.errors import ConfigError
 from mars_shared.http import bind
+from mars_shared.stack import StackState
+
+__all__ = ["command_line"]
 
 
 def test_a_run_is_put_aside_under_the_first_free_number(tmp_path: Path) -> None:
@@ -27,11 +33,13 @@ def test_a_run_is_put_aside_under_the_first_free_number(tmp_path: Path) -> None:
 
 def test_a_narrow_terminal_hides_nothing_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     said = io.StringIO()
-    monkeypatch.setattr(cli, "console", Console(file=said, width=60))
+    monkeypatch.setattr(cli_rollout, "console", Console(file=said, width=60))
     completion = {"kind": "multi", "source": None, "text": "<think>infrared is clear</think><answer>[red] 5</answer>"}
     score = {"reward": 1.5, "parts": {"format": 0.5, "accuracy": 1.0}}
     version = {"incarnation": 2, "step": 150}
-    cli._print_rollouts({"group": {"policy_version": version, "completions": [completion]}, "scores": [score], "gain": 0.25})
+    cli_rollout._print_rollouts(
+        {"group": {"policy_version": version, "completions": [completion]}, "scores": [score], "gain": 0.25}
+    )
     cells = [line.split("│")[3].strip() for line in said.getvalue().splitlines() if line.startswith("│")]
     assert "".join(cells).replace(" ", "") == completion["text"].replace(" ", "")  # type: ignore[union-attr]
     assert "policy 2.150" in said.getvalue() and "+0.250" in said.getvalue()
@@ -39,11 +47,11 @@ def test_a_narrow_terminal_hides_nothing_of_an_answer(monkeypatch: pytest.Monkey
 
 def test_an_answer_without_a_score_shows_why_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     said = io.StringIO()
-    monkeypatch.setattr(cli, "console", Console(file=said, width=120))
+    monkeypatch.setattr(cli_rollout, "console", Console(file=said, width=120))
     completion = {"kind": "multi", "source": None, "text": "7"}
     scores = [{"reward": 1.0, "parts": {"mine": 1.0}}, {"error": "items.1: reward 'mine' failed: KeyError: 'a'"}]
     group = {"policy_version": {"incarnation": 2, "step": 150}, "completions": [completion, completion]}
-    cli._print_rollouts({"group": group, "scores": scores, "gain": None})
+    cli_rollout._print_rollouts({"group": group, "scores": scores, "gain": None})
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.getvalue().splitlines() if line.startswith("│")]
     assert rows == [
         ["multi", "all", "7", "1.000", "mine 1.00"],
@@ -52,12 +60,86 @@ def test_an_answer_without_a_score_shows_why_in_the_table(monkeypatch: pytest.Mo
     assert "gain" not in said.getvalue()
 
 
-def test_a_taken_port_is_named_with_the_option_that_moves_it(tmp_path: Path, root: Path) -> None:
+@pytest.fixture
+def taken_port() -> Iterator[int]:
     listener = bind("127.0.0.1", 0)
-    port = listener.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MARS_")}
-    command = [sys.executable, "-m", "mars_shared.cli", "train", str(root / "recipes/digits.toml"), "--port", str(port)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    yield listener.getsockname()[1]
     listener.close()
+
+
+def mars(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MARS_")} | variables
+    command = [sys.executable, "-m", "mars_shared.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+def test_a_taken_port_is_named_with_the_option_that_moves_it(tmp_path: Path, root: Path, taken_port: int) -> None:
+    done = mars("train", str(root / "recipes/digits.toml"), "--port", str(taken_port), folder=tmp_path)
     assert done.returncode == 2
-    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr and "--port N moves replicas to N and up" in done.stderr
+    assert f"cannot listen on 127.0.0.1:{taken_port}" in done.stderr
+    assert "--port N moves replicas to N and up" in done.stderr and "make demo PORT=N" in done.stderr
+
+
+def test_make_demo_passes_its_port_on(root: Path) -> None:
+    make = ["make", "--dry-run", "--no-print-directory", "demo"]
+    said = [subprocess.run([*make, *more], capture_output=True, text=True, cwd=root).stdout for more in ([], ["PORT=9000"])]
+    assert said[0].rstrip().endswith("--port 8100") and said[1].rstrip().endswith("--port 9000")
+
+
+def test_a_demo_that_cannot_start_leaves_the_one_before_where_it_is(tmp_path: Path, root: Path, taken_port: int) -> None:
+    (tmp_path / "recipes").symlink_to(root / "recipes")
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    taken = mars("demo", "--port", str(taken_port), folder=tmp_path)
+    no_model = mars("demo", "--port", str(free_ports()), folder=tmp_path, MARS_MODEL__PATH="gone")
+    assert (taken.returncode, no_model.returncode) == (2, 2)
+    assert "cannot listen" in taken.stderr and "model folder gone: no such folder" in no_model.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo"]
+
+
+def free_ports() -> int:
+    """A first port from which a stack with few replicas finds all of its ports free."""
+    for base in range(20_000, 60_000, 300):
+        try:
+            for port in (base, base + 1, base + 100, base + 200):
+                bind("127.0.0.1", port).close()
+        except ConfigError:
+            continue
+        return base
+    raise AssertionError("every port is taken")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(["data", "check"], "--sheet"), (["score"], "--released-eval")],
+)
+def test_help_is_that_of_the_command_and_not_of_its_wrapper(tmp_path: Path, command: list[str], option: str) -> None:
+    done = mars(*command, "--help", folder=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: mars {' '.join(command)}") and option in done.stdout
+
+
+def test_a_dry_run_asks_the_reward_service_too_whatever_else_is_wrong(tmp_path: Path, root: Path) -> None:
+    variables = {"MARS_REWARD__RECIPE": "papre", "MARS_MODEL__PATH": "gone"}
+    done = mars("train", str(root / "recipes/digits.toml"), "--dry-run", folder=tmp_path, **variables)
+    assert done.returncode == 2 and 'recipe = "papre"' in done.stdout
+    assert "model folder gone: no such folder" in done.stderr and "mars_reward: " in done.stderr and "papre" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_service_that_runs_and_does_not_answer_is_starting(tmp_path: Path, command_line: CommandLine) -> None:
+    base = free_ports()
+    state = StackState(
+        run="r",
+        supervisor_pid=os.getpid(),
+        host="127.0.0.1",
+        replicas={"rollout-0": base, "rollout-1": base + 1},
+        reward_port=base + 100,
+        trainer_port=base + 200,
+        pids={"rollout-0": 11, "reward": 12, "trainer": 13},
+    )
+    (tmp_path / "stack.json").write_text(state.model_dump_json())
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in command_line("status", str(tmp_path)).stdout.splitlines()
+    ]
+    said = {row[0]: row[3] for row in rows if row}
+    assert said["rollout-0"] == said["reward"] == said["trainer"] == "starting, does not answer yet"
+    assert said["rollout-1"] == "does not run at the moment; its log says why"

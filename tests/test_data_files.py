@@ -225,6 +225,36 @@ def test_what_is_converted_can_be_checked(tmp_path: Path, capsys: pytest.Capture
     assert "1 rows of format jsonl, 1 without a fault" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("answer", ["<answer>7</answer>", "7</answer>", "<think>r</think> 7"])
+def test_an_answer_that_no_completion_can_match_is_a_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: str
+) -> None:
+    assert main(["check", str(write_lines(tmp_path, line(1, answer="x < y > z"), line(2, answer=answer)))]) == 3
+    said = capsys.readouterr().out.splitlines()
+    assert "line 2: answer: contains '<" in said[0] and said[1].endswith("2 rows of format jsonl, 1 without a fault")
+
+
+def test_a_dataset_is_not_converted_onto_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lines(tmp_path, line())
+    before = path.read_bytes()
+    for source in (path, tmp_path):
+        assert main(["convert", str(source), str(tmp_path / "." / "questions.jsonl")]) == 2
+        assert "questions.jsonl is the file that is read; name another one" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_converting_stops_at_the_first_faulty_row_and_opens_no_image_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write_lines(tmp_path, line(1), line(2, answer=""), line(3, answer="")), tmp_path / "ours.jsonl"
+    assert main(["convert", str(path), str(out)]) == 3
+    said = capsys.readouterr().err
+    assert "line 2: answer" in said and "line 3" not in said and not out.exists()
+    write_lines(tmp_path, line(1))
+    (tmp_path / "visible.png").write_text("no image")
+    assert main(["convert", str(path), str(out)]) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -178,3 +178,11 @@ def test_every_prometheus_metric_of_ours_is_documented_and_the_other_way_round()
     counters = {metric.name: "_total" if metric.type == "counter" else "" for metric in REGISTRY.collect()}
     ours = {f"{name}{suffix}" for name, suffix in counters.items() if name.startswith("mars_") and not name.endswith("_created")}
     assert {key.partition("{")[0] for key in table_keys("metrics.md", 1) if key.startswith("mars_")} == ours
+
+
+def test_every_event_of_ours_is_documented_and_the_other_way_round() -> None:
+    text = "".join(file.read_text(encoding="utf-8") for source in SOURCES for file in source.rglob("*.py"))
+    written = {name for pair in re.findall(r'\.write\(\s*"(\w+)"(?: if \w+ else "(\w+)")?,', text) for name in pair if name}
+    section = (ROOT / "docs/metrics.md").read_text(encoding="utf-8").partition("## Event log")[2]
+    documented = set(re.findall(r"^\| `(\w+)` \|", section, re.M))
+    assert documented == written | {"evaluation", "evaluated"}  # these two are written by one call, which names neither

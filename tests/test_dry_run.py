@@ -92,7 +92,9 @@ def test_memory_by_hand(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 17 values of 2 bytes, 2 layers, 1024 hidden units, 1024 tokens.
     assert found["trainer", "activations of 1024 tokens"] * GIB == 17 * 2 * 2 * 1024 * 1024
     assert found["each replica", "weights"] == 2 and found["each replica", "key-value cache, as rollout.kv_cache_mib says"] == 2
-    assert found["disk", "3 checkpoints"] == 36 and found["disk", "5 snapshots"] == 10
+    # keep_checkpoints = 2 of 4 + 8 bytes a parameter, keep_snapshots = 4 of 2; of each one more while it is written.
+    assert found["disk", "2 checkpoints, and the next while it is written"] == 3 * 12
+    assert found["disk", "4 snapshots, and the next while it is written"] == 5 * 2
 
 
 def test_a_models_shape_comes_from_its_files(root: Path, tmp_path: Path) -> None:

@@ -171,3 +171,15 @@ async def test_evaluating_a_run_afterwards_changes_nothing_of_it(tmp_path: Path)
     (event,) = read_events(tmp_path / "events.jsonl", "evaluated")
     assert (event["step"], event["samples"], event["results"]) == (0, 2, "eval_step_0.jsonl")
     assert not (tmp_path / "groups.jsonl").read_text()
+
+
+async def test_a_run_that_goes_on_from_a_checkpoint_says_so_and_a_new_one_does_not(tmp_path: Path) -> None:
+    evaluation = cast(Any, Replies(telling=()))
+    first = make_run(tmp_path, Replies(telling=range(99)), Pupil(), Shelf(), evaluation=evaluation)
+    await first._begin()
+    assert not list(read_events(tmp_path / "events.jsonl", "resumed"))
+    await first._step()
+    again = make_run(tmp_path, Replies(telling=range(99)), Pupil(), Shelf(), evaluation=evaluation, checkpoint=first.ledger)
+    await again._begin()
+    (event,) = read_events(tmp_path / "events.jsonl", "resumed")
+    assert (event["step"], event["incarnation"]) == (1, 2)

@@ -7,12 +7,12 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from builders import image_bytes
 from mars_shared.client import get_json, request_rollouts
@@ -28,8 +28,17 @@ LOCKED = Deployment.model_validate({"api_key": KEY})
 BEARER = {"Authorization": f"Bearer {KEY}"}
 
 
+def refuse_odd(parity: str) -> str:
+    if parity == "odd":
+        raise ValueError("expected even")
+    return parity
+
+
 class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     count: int
+    parity: Annotated[str, AfterValidator(refuse_odd)] = "even"
 
 
 def sample_app(deployment: Deployment = LOOPBACK, *, ready: str | None = None) -> FastAPI:
@@ -193,7 +202,14 @@ async def test_errors_become_the_status_codes_of_their_classes() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"count": "many"}', "body.count"), (b"{}", "body.count: Field required"), (b"{", "body"), (b'{"count": NaN}', "body")],
+    [
+        (b'{"count": "many"}', "body.count"),
+        (b"{}", "body.count: Field required"),
+        (b'{"count": 1, "cuont": 1}', "body.cuont: is no field that is known here; remove it or mend its name (got 1)"),
+        (b'{"count": 1, "parity": "odd"}', "body.parity: expected even (got 'odd')"),
+        (b"{", "body"),
+        (b'{"count": NaN}', "body"),
+    ],
 )
 async def test_an_invalid_body_is_answered_with_where_and_what(content: bytes, message: str) -> None:
     async with serving(sample_app()) as client:

@@ -211,3 +211,8 @@ def test_every_event_line_is_json(log: Path) -> None:
     EventLog(log).write("step", text="é")
     line = log.read_text(encoding="utf-8")
     assert json.loads(line)["text"] == "é" and line.endswith("\n") and set(json.loads(line)) == {"time", "event", "text"}
+
+
+def test_a_run_that_goes_on_says_from_where() -> None:
+    text = shown([{"event": "resumed", "step": 40, "incarnation": 2}])
+    assert text.splitlines() == ["going on from step 40 as incarnation 2"]

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
+from mars_reward.__main__ import main
 from mars_shared.queue import DeadLetter, Queue, Streams
 from mars_shared.server import EmbeddedValkey
 
@@ -40,6 +42,19 @@ def start(tmp_path: Path, redis_url: str, port: int, **environment: str) -> subp
     command = [sys.executable, "-m", "mars_reward", "--recipe", str(recipe), "--port", str(port)]
     env = os.environ | {"MARS_REDIS_URL": redis_url, "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("reward", "code"), [("paper", 0), ("mine.py:good", 0), ("mine.py:god", 2)])
+def test_a_recipes_reward_can_be_checked_without_a_service(
+    tmp_path: Path, clean_environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reward: str, code: int
+) -> None:
+    clean_environment.chdir(tmp_path)
+    Path("mine.py").write_text("def good(completion, truth, *, question):\n    return 1.0\n")
+    Path("recipe.toml").write_text(RECIPE.format(dir=tmp_path) + f'[reward]\nrecipe = "{reward}"')
+    assert main(["--check", "--recipe", "recipe.toml"]) == code
+    said = capsys.readouterr()
+    assert said.out == ("" if code else f"reward: {reward!r} is there\n")
+    assert ("mars_reward: reward 'mine.py:god'" in said.err) == bool(code)
 
 
 def free_port() -> int:

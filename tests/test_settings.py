@@ -151,6 +151,18 @@ def test_a_value_out_of_range_is_refused_with_what_was_expected(tmp_path: Path, 
     assert message in refusal(tmp_path, text)
 
 
+def test_a_rule_about_several_keys_is_told_in_one_short_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, recipe = with_line("rollout", "max_completion_length = 512"), tmp_path / "recipe.toml"
+    told = "rollout.max_completion_length is 512; expected less than model.max_model_len = 512"
+    assert refusal(tmp_path, text) == f"recipe {recipe}: {told}"
+    monkeypatch.setenv("MARS_RUN__SEED", "1")
+    assert refusal(tmp_path, text) == f"recipe {recipe} with MARS_RUN__SEED from the environment: {told}"
+    both = refusal(tmp_path, RECIPE.replace("[data]", '[data]\ntrain = [{path = "a.jsonl"}]'))
+    assert both == f"recipe {recipe}: both of data.dataset and data.train given; expected one of them"
+    table = refusal(tmp_path, RECIPE.replace('dataset = "digits"', 'train = {path = "a.jsonl"}'))
+    assert table == f"recipe {recipe}: data.train = {{'path': 'a.jsonl'}}: Input should be a valid array"
+
+
 def test_more_greedy_mono_completions_than_one_are_refused(tmp_path: Path) -> None:
     text = with_line("rollout", 'num_mono = 2\nmono_decoding = "greedy"')
     assert "num_mono is 2 with greedy mono decoding; expected 0 or 1" in refusal(tmp_path, text)

@@ -130,6 +130,22 @@ def test_a_service_that_never_gets_ready_is_given_up_with_the_end_of_its_log(sta
     assert stage.log("broken").count("line 29") == 3
 
 
+def test_the_end_of_a_log_is_that_of_the_last_start_alone(stage: Stage) -> None:
+    (stage.folder / "logs").mkdir()
+    (stage.folder / "logs" / "misled.log").write_text("of a run before\n")
+    stage.start("misled", "import sys; print('unknown key'); sys.exit(2)")
+    with pytest.raises(ServiceFailedError, match=r"exit code 2:\n  unknown key\n\(whole log: .*misled.log\)$"):
+        stage.until(lambda: False)
+
+
+def test_the_end_of_a_log_is_that_of_the_last_restart(stage: Stage) -> None:
+    again = stage.folder / "again"
+    program = f"import pathlib, sys; p = pathlib.Path({str(again)!r}); first = not p.exists(); p.touch()"
+    stage.start("fickle", f"{program}; print('first' if first else 'second', flush=True); sys.exit(7 if first else 2)")
+    with pytest.raises(ServiceFailedError, match=r"exit code 2:\n  second\n\(whole"):
+        stage.until(lambda: False)
+
+
 def test_a_service_that_gets_ready_and_dies_again_and_again_is_given_up(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "MANY_DEATHS", 5)
     killed = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mars_shared.blobs import BlobStore
 from mars_shared.contracts import BoxesTruth, Prompt, TextTruth
 from mars_shared.errors import ConfigError, InputError
 from mars_shared.settings import DataFiles, DataSection, Recipe, load_recipe
+from mars_trainer.data import main
 from mars_trainer.datasets import open_data, open_held_out
 from mars_trainer.dispatch import PromptMaker
 
@@ -91,6 +94,28 @@ def test_a_source_that_the_policy_does_not_know_is_refused_at_the_start(tmp_path
     path = write(tmp_path, line(0, "visible"), line(1, "thermal"))
     with pytest.raises(ConfigError, match=r"line 2: source 'thermal' is not one of data.source_names \(visible, infrared\)"):
         open_data(section(path, source_names=("visible", "infrared")))
+
+
+def test_a_row_with_several_unknown_sources_is_one_faulty_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [line(number, "visible", "infrared") for number in range(9)] + [line(9, "thermal", "depth", "radar")]
+    path = write(tmp_path, *lines)
+    assert open_data(section(path, source_names=("visible", "infrared"))).train  # 1 of 10 rows, and max_faulty_share is 0.1
+    assert "1 of 10 rows cannot be used" in caplog.text
+    for name in ("thermal", "depth", "radar"):
+        assert f"line 10: source '{name}' is not one of data.source_names (visible, infrared)" in caplog.text
+
+
+def test_the_check_that_is_named_finds_what_the_run_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "my data", *(line(number, "visible") for number in range(19)), line(19, "thermal"))
+    files = DataFiles(path=path, format="jsonl", images=path.parent)
+    open_data(DataSection(train=(files,), source_names=("visible", "infrared")))
+    (command,) = re.findall("`mars data (.*)` lists all faults", caplog.text)
+    assert main(shlex.split(command)) == 3
+    said = capsys.readouterr().out.splitlines()
+    assert "line 20: source 'thermal' is not one of data.source_names (visible, infrared)" in said[0]
+    assert said[1].endswith("20 rows of format jsonl, 19 without a fault")
 
 
 def test_a_share_is_held_out_and_rows_about_the_same_images_stay_together(tmp_path: Path) -> None:

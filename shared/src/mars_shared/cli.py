@@ -10,30 +10,30 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from mars_shared.cli_dead import app as dead_app
+from mars_shared.cli_rollout import rollout
 from mars_shared.cli_scale import scale
 from mars_shared.cli_status import status
-from mars_shared.client import request_rollouts
 from mars_shared.cpu import WorkMeter
 from mars_shared.errors import ConfigError, MarsError
 from mars_shared.progress import EventTail, RunDisplay
 from mars_shared.settings import Recipe, load_deployment, load_recipe
-from mars_shared.stack import TRAINER, Ports, TrainerMode, find_stack, read_state, running_stack, service_url
+from mars_shared.stack import TRAINER, Ports, TrainerMode, check_start, read_state, running_stack, service_url
 from mars_shared.telemetry import EventLog
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 errors = Console(stderr=True)
 
+app.command()(rollout)
 app.command()(status)
 app.command()(scale)
 app.add_typer(dead_app, name="dead")
@@ -41,6 +41,11 @@ app.add_typer(dead_app, name="dead")
 POLL_S = 0.2
 DEMO_DIR = "runs/demo"
 
+PASSED_ON: Any = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+"""A command whose arguments, --help among them, are those of the module that it starts."""
 RecipePath = Annotated[Path, typer.Argument(help="TOML recipe, e.g. recipes/digits.toml", metavar="RECIPE")]
 BasePort = Annotated[
     int, typer.Option("--port", min=1, max=65_000, help="first port: replicas from here, reward +100, trainer +200")
@@ -74,7 +79,7 @@ def train(
     """Start everything, train to the recipe's last step, end everything."""
     recipe = load_recipe(recipe_path)
     if dry_run:
-        _module("mars_trainer.dry_run", "--recipe", str(recipe_path))
+        _dry_run(recipe_path)
         return
     _run(recipe_path, recipe, port, trainer="once")
 
@@ -93,9 +98,10 @@ def demo(
     os.environ["MARS_RUN__SEED"] = str(seed)
     os.environ["MARS_RUN__DIR"] = DEMO_DIR
     recipe = load_recipe(recipe_path)
+    if read_state(recipe.run.dir) is not None:
+        raise ConfigError(f"a demo runs in {recipe.run.dir} already; stop it first")
+    check_start(recipe, Ports(port))  # before the run of the last demo is put aside
     if recipe.run.dir.exists():
-        if read_state(recipe.run.dir) is not None:
-            raise ConfigError(f"a demo runs in {recipe.run.dir} already; stop it first")
         console.print(f"the demo before is kept in {_put_aside(recipe.run.dir)}", highlight=False, soft_wrap=True)
     _run(recipe_path, recipe, port, trainer="once")
     _module("mars_trainer.report", "--recipe", str(recipe_path))
@@ -133,15 +139,15 @@ def sft(
         _module("mars_trainer.sft", str(recipe_path), "--out", str(out), *(["--target", target] if target else []))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(**PASSED_ON)
 def score(context: typer.Context) -> None:
     """Score completions offline: mars score --recipe paper|released|FILE:FUNCTION [--released-eval] ROWS.jsonl (JSON lines to stdout)."""
     _module("mars_reward.offline", *context.args)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(**PASSED_ON)
 def data(context: typer.Context) -> None:
-    """Datasets: mars data check PATH [--sheet SHEET.png], mars data convert PATH OUT.jsonl (--help after either lists all)."""
+    """Datasets: mars data check PATH [--sheet SHEET.png], mars data convert PATH OUT.jsonl (each has --help)."""
     _module("mars_trainer.data", *context.args)
 
 
@@ -171,41 +177,6 @@ def evaluate(
     recipe = load_recipe(recipe_path)
     _run(recipe_path, recipe, port, trainer="evaluate")
     _module("mars_trainer.results", "--recipe", str(recipe_path), *(["--released"] if released else []))
-
-
-@app.command()
-def rollout(
-    question: Annotated[str, typer.Argument(help="what to ask about the images")],
-    image: Annotated[list[str], typer.Option("--image", help="NAME=FILE, once per source, in order")],
-    truth: Annotated[
-        str | None, typer.Option(help="the right answer: a text, or a JSON list of boxes, each a list of x1, y1, x2, y2")
-    ] = None,
-    num_generations: Annotated[int | None, typer.Option("--num-generations", "-g", help="multi-source completions")] = None,
-    num_mono: Annotated[int | None, typer.Option("--num-mono", "-m", help="mono-source completions of each source")] = None,
-    mono_decoding: Annotated[
-        str | None, typer.Option("--mono-decoding", help="sample or greedy (then --num-mono is at most 1)")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="sampling temperature")] = None,
-    seed: Annotated[int | None, typer.Option(help="for the same completions again")] = None,
-    url: Annotated[str | None, typer.Option(help="a rollout replica; default: of the stack that runs here")] = None,
-) -> None:
-    """Ask the policy about image files, with all sources and with each alone."""
-    options = {
-        "num_generations": num_generations,
-        "num_mono": num_mono,
-        "mono_decoding": mono_decoding,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    answer = request_rollouts(
-        url or _running_rollout_url(),
-        load_deployment(),
-        question=question,
-        images=[_named_image(item) for item in image],
-        truth=truth,
-        options=options,
-    )
-    _print_rollouts(answer)
 
 
 def _run(recipe_path: Path, recipe: Recipe, port: int, *, trainer: TrainerMode) -> None:
@@ -247,45 +218,24 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _module(name: str, *arguments: str) -> None:
-    code = subprocess.run([sys.executable, "-m", name, *arguments]).returncode
-    if code != 0:
+def _dry_run(recipe_path: Path) -> None:
+    """Ask trainer and reward service, each what it can say without the other; exits with the code of the first that refuses."""
+    codes = [_exit_code("mars_trainer.dry_run", "--recipe", str(recipe_path))]
+    if find_spec("mars_reward") is None:
+        console.print("the reward recipe is not checked, since the reward service is not installed here", highlight=False)
+    else:
+        codes.append(_exit_code("mars_reward", "--check", "--recipe", str(recipe_path)))
+    if code := next(filter(None, codes), 0):
         raise typer.Exit(code)
 
 
-def _named_image(item: str) -> tuple[str, Path]:
-    name, separator, path = item.partition("=")
-    if not separator or not name or not path:
-        raise ConfigError(f"--image {item!r}: expected NAME=FILE, e.g. visible=a.png")
-    return name, Path(path)
+def _module(name: str, *arguments: str) -> None:
+    if code := _exit_code(name, *arguments):
+        raise typer.Exit(code)
 
 
-def _running_rollout_url() -> str:
-    _, state = find_stack(None)
-    return state.url(next(iter(state.replicas.values())))
-
-
-def _print_rollouts(answer: dict[str, Any]) -> None:
-    group, scores = answer["group"], answer["scores"]
-    scored = scores is not None
-    version = group["policy_version"]
-    table = Table(title=f"policy {version['incarnation']}.{version['step']}")
-    for column in ("kind", "source", "completion", *(("reward", "parts") if scored else ())):
-        table.add_column(column, overflow="fold")
-    for index, completion in enumerate(group["completions"]):
-        row = [completion["kind"], completion["source"] or "all", completion["text"]]
-        if scored:
-            row += _reward_cells(scores[index])
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    if answer.get("gain") is not None:
-        console.print(f"gain (mean multi-source minus mean mono-source reward): {answer['gain']:+.3f}")
-
-
-def _reward_cells(score: dict[str, Any]) -> list[str]:
-    if "error" in score:
-        return ["none", score["error"]]
-    return [f"{score['reward']:.3f}", "  ".join(f"{name} {value:.2f}" for name, value in score["parts"].items())]
+def _exit_code(name: str, *arguments: str) -> int:
+    return subprocess.run([sys.executable, "-m", name, *arguments]).returncode
 
 
 if __name__ == "__main__":

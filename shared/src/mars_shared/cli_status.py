@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mars_shared.client import get_json
-from mars_shared.errors import MarsError
+from mars_shared.errors import ConfigError, MarsError
 from mars_shared.settings import Deployment, load_deployment
 from mars_shared.stack import TRAINER, StackState, read_state
 
@@ -45,23 +45,27 @@ def _table(folder: Path, state: StackState, deployment: Deployment) -> Table:
 
 
 def _rows(state: StackState, deployment: Deployment) -> Iterator[Row]:
+    def row(name: str, port: int, route: str, text: Callable[[dict[str, Any]], str]) -> Row:
+        return name, state.url(port), _answer(f"{state.url(port)}{route}", deployment, text, runs=name in state.pids)
+
     for name, port in state.replicas.items():
-        yield name, state.url(port), _answer(f"{state.url(port)}/v1/version", deployment, _version_text)
+        yield row(name, port, "/v1/version", _version_text)
     for name, reason in state.given_up.items():
         yield name, "-", f"given up: {reason}"
     for name in state.ending:
         yield name, "-", "ends"
-    url = state.url(state.reward_port)
-    yield "reward", url, _answer(f"{url}/readyz", deployment, lambda answer: str(answer["status"]))
-    url = state.url(state.trainer_port)
-    yield TRAINER, url, _answer(f"{url}/v1/run", deployment, _run_text)
+    yield row("reward", state.reward_port, "/readyz", lambda answer: str(answer["status"]))
+    yield row(TRAINER, state.trainer_port, "/v1/run", _run_text)
     if "valkey" in state.pids:
         yield "valkey", "-", "runs"
 
 
-def _answer(url: str, deployment: Deployment, text: Callable[[dict[str, Any]], str]) -> str:
+def _answer(url: str, deployment: Deployment, text: Callable[[dict[str, Any]], str], *, runs: bool) -> str:
+    """What a service says of itself, or why it says nothing."""
     try:
         return text(get_json(url, deployment))
+    except ConfigError:  # nothing answers there
+        return "starting, does not answer yet" if runs else "does not run at the moment; its log says why"
     except MarsError as error:
         return str(error)
 

@@ -1,4 +1,4 @@
-"""In which coordinate frame a model writes boxes: its family's, unless the recipe says otherwise.
+"""In which coordinate frame a model writes boxes: its family's, unless the recipe says otherwise; and which boxes an image holds.
 
 IoU in the wrong frame looks like a weak model and raises nothing, so that an unknown family is an error and never a guess.
 """
@@ -6,8 +6,10 @@ IoU in the wrong frame looks like a weak model and raises nothing, so that an un
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from mars_shared.contracts import FrameKind
+from mars_shared.contracts.prompt import Box
 from mars_shared.errors import ConfigError
 from mars_shared.model_folder import read_config
 from mars_shared.settings import ModelSection
@@ -57,3 +59,14 @@ def resolved_box_frame(model: ModelSection) -> FrameKind:
     if chosen is not (usual := FRAMES.get(family, chosen)):
         logger.warning("model.box_frame is %s; models of family %s write %s unless tuned otherwise", chosen, family, usual)
     return chosen
+
+
+def box_faults(boxes: Sequence[Box], size_px: tuple[int, int]) -> list[str]:
+    """One line for each box (x1, y1, x2, y2) that is inside out or outside an image of this (width, height)."""
+    width, height = size_px
+    return [
+        f"box {index} is ({x1:g}, {y1:g}, {x2:g}, {y2:g}); expected x1 < x2 and y1 < y2 "
+        f"inside the image of {width} x {height} pixels"
+        for index, (x1, y1, x2, y2) in enumerate(boxes)
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height)
+    ]

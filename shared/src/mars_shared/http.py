@@ -8,7 +8,7 @@ import ipaddress
 import json
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -189,10 +189,6 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return JSONResponse(error_body("InputError", explain_validation(error.errors())), status_code=422)
 
-    async def on_http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return JSONResponse(error_body("HTTPError", str(error.detail)), status_code=error.status_code, headers=error.headers)
-
     async def on_surprise(_: Request, error: Exception) -> Response:
         # The server logs the traceback; what it says is not for whoever asked.
         return JSONResponse(
@@ -200,9 +196,19 @@ def install_error_handlers(app: FastAPI) -> None:
         )
 
     app.add_exception_handler(Exception, on_surprise)
-    app.add_exception_handler(HTTPException, on_http_error)
+    shape_missing_routes(app)
     app.add_exception_handler(MarsError, on_mars_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
+
+
+def shape_missing_routes(app: FastAPI) -> None:
+    """What the framework itself refuses, such as an unknown route or method, is answered in the one shape of errors."""
+
+    async def on_http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse(error_body("HTTPError", str(error.detail)), status_code=error.status_code, headers=error.headers)
+
+    app.add_exception_handler(HTTPException, on_http_error)
 
 
 def explain_validation(errors: Any) -> str:
@@ -211,8 +217,15 @@ def explain_validation(errors: Any) -> str:
     for item in errors:
         where = ".".join(str(part) for part in item["loc"])
         came = repr(item.get("input"))
-        parts.append(f"{where}: {item['msg']} (got {came if len(came) <= 80 else came[:77] + '...'})")
+        parts.append(f"{where}: {_said(item)} (got {came if len(came) <= 80 else came[:77] + '...'})")
     return "; ".join(parts)
+
+
+def _said(item: Mapping[str, Any]) -> str:
+    """What is wrong, without pydantic's word for who noticed."""
+    if item["type"] == "extra_forbidden":
+        return "is no field that is known here; remove it or mend its name"
+    return str(item["msg"]).removeprefix("Value error, ")
 
 
 def add_health(app: FastAPI, ready: Callable[[], str | None]) -> None:

@@ -50,6 +50,8 @@ class RunDisplay:
         match event["event"]:
             case "step":
                 self._on_step(event)
+            case "resumed":
+                self.say(f"going on from step {event['step']} as incarnation {event['incarnation']}")
             case "self_test":
                 self.say(_self_test_line(event))
             case "evaluation" | "evaluated":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
@@ -379,9 +379,10 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return Recipe(**data)
     except ValidationError as error:
-        raise ConfigError(f"recipe {path} with {overrides} from the environment: {_explain(error)}") from error
+        origin = f" with {', '.join(overrides)} from the environment" if overrides else ""
+        raise ConfigError(f"recipe {path}{origin}: {_explain(error)}") from error
     except SettingsError as error:
-        raise ConfigError(f"one of {overrides} in the environment cannot be read: {error}") from error
+        raise ConfigError(f"one of {', '.join(overrides)} in the environment cannot be read: {error}") from error
 
 
 def _overrides() -> list[str]:
@@ -449,13 +450,17 @@ def _refuse_misspelt() -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors(include_url=False):
-        key = ".".join(map(str, item["loc"])) or "recipe"
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}")
-        elif item["type"] == "missing":
-            lines.append(f"missing key {key}")
-        else:
-            lines.append(f"{key} = {item['input']!r}: {item['msg']}")
-    return "; ".join(lines)
+    return "; ".join(_fault(item) for item in error.errors(include_url=False))
+
+
+def _fault(item: Mapping[str, Any]) -> str:
+    key = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key}"
+    if item["type"] == "missing":
+        return f"missing key {key}"
+    came = item["input"]
+    if item["type"] == "value_error" and isinstance(came, Mapping | BaseModel):
+        # A rule about several keys names them itself; the whole section beside it would hide what it says.
+        return str(item["msg"]).removeprefix("Value error, ")
+    return f"{key} = {came!r}: {item['msg'].removeprefix('Value error, ')}"

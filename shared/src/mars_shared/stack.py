@@ -17,10 +17,11 @@ from pydantic import BaseModel, ValidationError
 from mars_shared.errors import ConfigError
 from mars_shared.files import write_atomic
 from mars_shared.http import bind, check_bind
+from mars_shared.model_folder import check_model_folder
 from mars_shared.queue import Queue
 from mars_shared.scale import MOST_REPLICAS, SCALE_FILE, Replicas, check_replicas, replica_name
 from mars_shared.server import EmbeddedValkey
-from mars_shared.settings import Recipe, load_deployment
+from mars_shared.settings import Deployment, Recipe, load_deployment
 from mars_shared.supervisor import Service, Supervisor
 
 TRAINER = "trainer"
@@ -166,24 +167,18 @@ def running_stack(
     Without MARS_REDIS_URL in the environment an embedded Valkey is started in run.dir/valkey.
 
     Raises:
-        ConfigError: a port is taken, there are more replicas than ports for them, or the stack
-            would serve beyond loopback without a key.
-        QueueUnavailableError: nothing answers at MARS_REDIS_URL.
+        ConfigError, QueueUnavailableError: as `check_start`.
 
     Args:
         trainer: "once" ends after the last step, "linger" serves on, "evaluate" evaluates the newest policy and ends.
     """
-    deployment = load_deployment()
-    check_bind(deployment)
-    _check_ports(deployment.host, ports, recipe)
+    deployment = check_start(recipe, ports)
     run_dir = recipe.run.dir
     log_dir = run_dir / "logs"
     run_dir.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ) | {"MARS_REWARD_URL": service_url(deployment.host, ports.reward)}
     valkey = None
-    if "MARS_REDIS_URL" in os.environ:
-        asyncio.run(_check_redis(deployment.redis_url))
-    else:
+    if "MARS_REDIS_URL" not in os.environ:
         valkey = EmbeddedValkey(run_dir / "valkey", log_path=log_dir / "valkey.log")
         valkey.write_config()
         environment["MARS_REDIS_URL"] = valkey.url
@@ -211,13 +206,32 @@ def running_stack(
             (run_dir / SCALE_FILE).unlink(missing_ok=True)
 
 
+def check_start(recipe: Recipe, ports: Ports) -> Deployment:
+    """What can be known to be wrong before anything is started or written; returns where the stack would run.
+
+    Raises:
+        ConfigError: a port is taken, there are more replicas than ports for them, the model folder cannot be a policy,
+            or the stack would serve beyond loopback without a key.
+        QueueUnavailableError: nothing answers at MARS_REDIS_URL.
+    """
+    deployment = load_deployment()
+    check_bind(deployment)
+    _check_ports(deployment.host, ports, recipe)
+    check_model_folder(recipe.model.path)
+    if "MARS_REDIS_URL" in os.environ:
+        asyncio.run(_check_redis(deployment.redis_url))
+    return deployment
+
+
 def _check_ports(host: str, ports: Ports, recipe: Recipe) -> None:
     check_replicas(recipe.rollout.replicas)
     for port in (ports.reward, ports.trainer, *(ports.rollout(index) for index in range(recipe.rollout.replicas))):
         try:
             bind(host, port).close()
         except ConfigError as error:
-            raise ConfigError(f"{error}: --port N moves replicas to N and up, reward to N + 100, trainer to N + 200") from error
+            raise ConfigError(
+                f"{error}: --port N moves replicas to N and up, reward to N + 100, trainer to N + 200 (`make demo PORT=N` too)"
+            ) from error
 
 
 async def _check_redis(url: str) -> None:

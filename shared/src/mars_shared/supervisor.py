@@ -58,10 +58,11 @@ class Service:
 
 @dataclass
 class Running:
-    """A service's process and its history."""
+    """A service's process and its history. The process's own lines begin `log_start` bytes into the log, which holds older ones."""
 
     service: Service
     process: subprocess.Popen[bytes]
+    log_start: int
     ready: bool = False
     finished: bool = False
     quick_deaths: int = 0
@@ -100,7 +101,8 @@ class Supervisor:
 
     def start(self, service: Service) -> None:
         """Start a service; returns at once."""
-        self._running[service.name] = Running(service, self._spawn(service))
+        process, log_start = self._spawn(service)
+        self._running[service.name] = Running(service, process, log_start)
 
     def end(self, name: str) -> None:
         """Ask one service to end; returns at once. `poll` kills it when GRACE_S is over, and nothing starts it again."""
@@ -176,8 +178,10 @@ class Supervisor:
         """Process id by service, of those that run and were not asked to end."""
         return {name: running.process.pid for name, running in self._running.items() if running.process.poll() is None}
 
-    def _spawn(self, service: Service) -> subprocess.Popen[bytes]:
-        return spawn(service.command, log_path=self._log_path(service), environment=self._environment)
+    def _spawn(self, service: Service) -> tuple[subprocess.Popen[bytes], int]:
+        path = self._log_path(service)
+        log_start = path.stat().st_size if path.exists() else 0
+        return spawn(service.command, log_path=path, environment=self._environment), log_start
 
     def _on_death(self, running: Running, code: int) -> None:
         service = running.service
@@ -191,7 +195,7 @@ class Supervisor:
         running.deaths = [died for died in running.deaths if now - died < MANY_DEATHS_S] + [now]
         too_many = running.quick_deaths >= QUICK_DEATHS or len(running.deaths) >= MANY_DEATHS
         if code in HOPELESS_EXIT_CODES or too_many:
-            self._fail(service, code)
+            self._fail(running, code)
             return
         delay_s = min(FIRST_BACKOFF_S * 2**running.quick_deaths, LONGEST_BACKOFF_S)
         self._say(
@@ -200,8 +204,9 @@ class Supervisor:
         running.ready = False
         running.restart_at = time.monotonic() + delay_s
 
-    def _fail(self, service: Service, code: int) -> None:
-        what = f"{service.name} ended with {_describe(code)}:\n{self._log_tail(service)}"
+    def _fail(self, running: Running, code: int) -> None:
+        service = running.service
+        what = f"{service.name} ended with {_describe(code)}:\n{self._log_tail(running)}"
         if not service.optional:
             raise ServiceFailedError(what, code)
         del self._running[service.name]
@@ -221,7 +226,7 @@ class Supervisor:
         if time.monotonic() < running.restart_at:
             return
         running.restart_at = None
-        running.process = self._spawn(running.service)
+        running.process, running.log_start = self._spawn(running.service)
 
     def _is_ready(self, service: Service) -> bool:
         if service.ready_url is None:
@@ -234,9 +239,10 @@ class Supervisor:
     def _log_path(self, service: Service) -> Path:
         return self._log_dir / f"{service.name}.log"
 
-    def _log_tail(self, service: Service) -> str:
-        path = self._log_path(service)
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    def _log_tail(self, running: Running) -> str:
+        path = self._log_path(running.service)
+        own = path.read_bytes()[running.log_start :].decode(errors="replace")
+        lines = own.splitlines()[-LOG_TAIL_LINES:] or ["it wrote nothing to its log"]
         return "\n".join(f"  {line}" for line in lines) + f"\n(whole log: {path})"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mars_reward.app import build_app
-from mars_reward.registry import offered
+from mars_reward.registry import check_recipe, offered
 from mars_reward.worker import RewardWorker
 from mars_shared.errors import MarsError
 from mars_shared.faults import arm
@@ -22,14 +22,18 @@ from mars_shared.telemetry import configure_logging
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    """Serve until SIGTERM or SIGINT, or check the recipe's reward; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mars_reward", description="The reward service of mars.")
     parser.add_argument("--recipe", type=Path, required=True, help="TOML recipe of the run")
     parser.add_argument("--port", type=int, default=8200, help="port of the HTTP API (default: 8200)")
+    parser.add_argument("--check", action="store_true", help="find the recipe's reward, import it if it is one's own, and end")
     options = parser.parse_args(arguments)
-    configure_logging("reward")
     try:
         recipe, deployment = load_recipe(options.recipe), load_deployment()
+        if options.check:
+            check(recipe)
+            return 0
+        configure_logging("reward")
         arm(recipe.run.dir)
         with offered(recipe.reward.recipe, time_limit_s=recipe.reward.time_limit_s):
             asyncio.run(serve(recipe, deployment, options.port))
@@ -37,6 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"mars_reward: {error}\n")
         return error.exit_code
     return 0
+
+
+def check(recipe: Recipe) -> None:
+    """Find the reward as the service does at its start, and say so.
+
+    Raises:
+        ConfigError: there is no such reward, or its module fails.
+    """
+    with offered(recipe.reward.recipe, time_limit_s=recipe.reward.time_limit_s):
+        sys.stdout.write(f"reward: {check_recipe(recipe.reward.recipe)!r} is there\n")
 
 
 async def serve(recipe: Recipe, deployment: Deployment, port: int) -> None:

@@ -36,7 +36,7 @@ from mars_shared.contracts import (
 )
 from mars_shared.contracts.prompt import Box, SourceName
 from mars_shared.errors import InputError, NotReadyError
-from mars_shared.frames import resolved_box_frame
+from mars_shared.frames import box_faults, resolved_box_frame
 from mars_shared.http import explain_validation
 from mars_shared.images import media_type_of, open_image
 from mars_shared.settings import Deployment, Recipe
@@ -208,6 +208,8 @@ def _truth(request: GroupRequest, size_px: tuple[int, int]) -> Truth | None:
         return None
     if isinstance(request.truth, str):
         return TextTruth(text=request.truth)
+    if faults := box_faults(request.truth, size_px):
+        raise InputError(f"truth: {'; '.join(faults)}")
     return BoxesTruth(boxes=request.truth, width_px=size_px[0], height_px=size_px[1])
 
 

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             format,
             images=images,
             names=names,
+            known_sources=options.known_sources.split(",") if options.known_sources else None,
             split=options.split,
             max_pixels=options.max_pixels,
             prompt_length=_prompt_length(options.model, options.max_prompt_length),
@@ -77,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("out", type=Path, metavar="OUT.jsonl")
         else:
             command.add_argument(
+                "--known-sources", metavar="A,B", help="as data.source_names of a recipe: another source name is a fault"
+            )
+            command.add_argument(
                 "--model", type=Path, metavar="FOLDER", help="model that prompts must fit; needs --max-prompt-length"
             )
             command.add_argument("--max-prompt-length", type=int, metavar="N", help="a prompt of more tokens is a fault")
@@ -103,6 +107,8 @@ def _draw(findings: Findings, images: Path, sheet: Path, *, title: str) -> None:
 
 def _convert(options: argparse.Namespace, format: str, names: Sequence[str] | None, images: Path) -> int:
     out: Path = options.out
+    if out.resolve() == options.path.resolve():
+        raise ConfigError(f"{out} is the file that is read; name another one to write, so that what you have stays as it is")
     done = convert(read_records(options.path, format, names, options.split), out, images=images)
     own = done.image_root == out.parent.resolve()
     told = "below its own folder" if own else f"below {done.image_root}: name that as --images to check it"

@@ -121,6 +121,8 @@ class TrainingRun:
 
     async def _begin(self) -> None:
         """Publish, and take up what a predecessor had asked: groups that are there are waited for, the rest is asked again."""
+        if self.restored_from is not None:
+            self.events.write("resumed", step=self.version.step, incarnation=self.version.incarnation)
         lost = await self.training.start(self.ledger.dispatched, usable=self._is_of_this_lineage)
         await self.evaluation.start()
         await self._despite_full_disk(self._publish)

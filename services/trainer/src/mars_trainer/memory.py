@@ -99,5 +99,7 @@ def needs(recipe: Recipe, shape: ModelShape, *, sources: int) -> Iterator[Need]:
     else:
         yield Need("each replica", "key-value cache, as rollout.kv_cache_mib says", rollout.kv_cache_mib << 20)
     checkpoint = (MASTER_BYTES + ADAM_BYTES) * parameters
-    yield Need("disk", f"{train.keep_checkpoints + 1} checkpoints", (train.keep_checkpoints + 1) * checkpoint)
-    yield Need("disk", f"{train.keep_snapshots + 1} snapshots", (train.keep_snapshots + 1) * served * parameters)
+    # The oldest goes once the next is written.
+    kept, shots = train.keep_checkpoints, train.keep_snapshots
+    yield Need("disk", f"{kept} checkpoints, and the next while it is written", (kept + 1) * checkpoint)
+    yield Need("disk", f"{shots} snapshots, and the next while it is written", (shots + 1) * served * parameters)

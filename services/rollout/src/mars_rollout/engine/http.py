@@ -20,7 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from mars_rollout.engine.environment import MEDIA_CONNECTOR
 from mars_rollout.engine.vllm import SERVED_NAME, VllmEngine
-from mars_shared.http import error_body
+from mars_shared.http import error_body, shape_missing_routes
 from mars_shared.settings import Recipe
 
 OPENAI_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health"})
@@ -80,4 +80,5 @@ async def build_openai_app(engine: VllmEngine, recipe: Recipe) -> ASGIApp:
     # vLLM stops its server here when the engine dies; the replica watches the engine itself.
     app.state.server = SimpleNamespace(should_exit=False)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPENAI_ROUTES]
+    shape_missing_routes(app)
     return BaseHTTPMiddleware(app, dispatch=refuse_processor_arguments)

@@ -13,6 +13,7 @@ from mars_shared.images import open_image
 from mars_trainer.datasets.formats import read_rows
 from mars_trainer.datasets.images import image_bytes
 from mars_trainer.datasets.records import Record
+from mars_trainer.datasets.thoughts import first_tag
 
 SizePx = tuple[int, int]
 PromptLength = Callable[[Record, Sequence[SizePx]], int]
@@ -56,6 +57,7 @@ def check(
     *,
     images: Path,
     names: Sequence[str] | None = None,
+    known_sources: Sequence[str] | None = None,
     split: str | None = None,
     max_pixels: int,
     prompt_length: PromptLength | None = None,
@@ -65,6 +67,7 @@ def check(
 
     Args:
         images: folder that image paths are below.
+        known_sources: if given, another source name is a fault.
         split: the part of the dataset to look at; None for all of it.
         prompt_length: if given, a prompt of more than `max_prompt_length` tokens is a fault.
 
@@ -78,7 +81,7 @@ def check(
             findings.faults.append(str(found))
             continue
         sizes, faults = _sizes(found, images, max_pixels)
-        faults += found.name_faults()
+        faults += found.name_faults(known_sources) + _answer_faults(found)
         if found.record_id in seen:
             faults.append(f"{found.where}: id {found.record_id!r} is that of {seen[found.record_id]} too")
         seen.setdefault(found.record_id, found.where)
@@ -91,6 +94,16 @@ def check(
         if not faults:
             findings.good.append((found, known_sizes))
     return findings
+
+
+def _answer_faults(record: Record) -> list[str]:
+    tag = first_tag(record.answer) if isinstance(record.answer, str) else None
+    if tag is None:
+        return []
+    return [
+        f"{record.where}: answer: contains {tag!r}, which marks an answer or a chain of thought and is part of none; "
+        "expected the answer alone"
+    ]
 
 
 def _length_faults(record: Record, sizes: Sequence[SizePx], prompt_length: PromptLength, most: int) -> list[str]:

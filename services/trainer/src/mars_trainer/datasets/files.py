@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def read_files(files: DataFiles, data: DataSection) -> list[Readable]:
         raise ConfigError(f"dataset {files.path}: no rows; expected at least one")
     faults = [str(row) for row in rows if isinstance(row, InputError)]
     if faults:
-        _refuse_or_warn(files, faults, len(rows), data.max_faulty_share)
+        _refuse_or_warn(files, faults, len(rows), data)
     return rows
 
 
@@ -52,14 +53,27 @@ def _checked(row: Readable, known_sources: Sequence[str] | None) -> Readable:
     return row
 
 
-def _refuse_or_warn(files: DataFiles, faults: Sequence[str], rows: int, allowed_share: float) -> None:
+def _refuse_or_warn(files: DataFiles, faults: Sequence[str], rows: int, data: DataSection) -> None:
     told = (
         f"dataset {files.path}: {len(faults)} of {rows} rows cannot be used: {'; '.join(faults[:SHOWN_FAULTS])}"
-        f"{'; ...' if len(faults) > SHOWN_FAULTS else ''}. `mars data check {files.path}` lists all faults"
+        f"{'; ...' if len(faults) > SHOWN_FAULTS else ''}. `{_check_command(files, data)}` lists all faults"
     )
-    if len(faults) == rows or len(faults) > allowed_share * rows:
-        raise ConfigError(f"{told}. data.max_faulty_share is {allowed_share:g}")
+    if len(faults) == rows or len(faults) > data.max_faulty_share * rows:
+        raise ConfigError(f"{told}. data.max_faulty_share is {data.max_faulty_share:g}")
     logger.warning("%s", told)
+
+
+def _check_command(files: DataFiles, data: DataSection) -> str:
+    """The command that checks a dataset as the run reads it."""
+    options = {
+        "--format": files.format,
+        "--split": files.split,
+        "--images": files.images,
+        "--sources": ",".join(files.sources or ()),
+        "--known-sources": ",".join(data.source_names or ()),
+    }
+    given = [part for option, value in options.items() if value for part in (option, str(value))]
+    return shlex.join(["mars", "data", "check", str(files.path), *given])
 
 
 def samples_of(files: DataFiles, records: Sequence[Readable], *, max_image_pixels: int) -> Sequence[Sample]:

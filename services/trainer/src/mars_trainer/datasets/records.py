@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from mars_shared.contracts import BoxesTruth, TextTruth, Truth
 from mars_shared.contracts.prompt import SOURCE_NAME
 from mars_shared.errors import InputError
+from mars_shared.frames import box_faults
 from mars_shared.http import explain_validation
 from mars_trainer.datasets.answers import Box
 
@@ -104,12 +105,7 @@ class Record:
             else [f"{self.where}: states {stated[0]} x {stated[1]} pixels; the image has {width} x {height}"]
         )
         boxes = () if isinstance(self.answer, str) else self.answer
-        return wrong_size + [
-            f"{self.where}: answer: box {index} is ({x1:g}, {y1:g}, {x2:g}, {y2:g}); expected x1 < x2 and y1 < y2 "
-            f"inside the image of {width} x {height} pixels"
-            for index, (x1, y1, x2, y2) in enumerate(boxes)
-            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height)
-        ]
+        return wrong_size + [f"{self.where}: answer: {fault}" for fault in box_faults(boxes, size_px)]
 
 
 def name_images(paths: Sequence[str], names: Sequence[str] | None, where: str) -> tuple[NamedPath, ...]:

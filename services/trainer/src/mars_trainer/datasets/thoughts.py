@@ -11,6 +11,12 @@ _TAG = re.compile(r"</?(?:think|answer)>")
 _FORM = re.compile(r"\s*(?:<think>(?P<thought>.*?)</think>)?\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 
 
+def first_tag(text: str) -> str | None:
+    """The first of the tags that mark chains and answers in a completion, e.g. "</answer>"; None if the text has none."""
+    found = _TAG.search(text)
+    return found[0] if found else None
+
+
 def split_thought(answer: Any, field: str, thought: str | None = None) -> tuple[str | None, Any]:
     """(chain of thought or None, answer); what is no text, or has no tags, is an answer as it stands; a blank chain counts as none.
 
