@@ -441,6 +441,26 @@ async def test_a_restarted_trainer_keeps_groups_of_what_its_checkpoint_lists_and
     assert worker.seen == [prompt.task_id for prompt in lost]
 
 
+async def test_a_group_of_a_dead_incarnation_that_redis_loses_is_asked_again_as_the_living_one_asks(
+    queue: Queue, patient_queue: Queue, run_name: str, fast: None
+) -> None:
+    before = make_exchange(queue, run_name)
+    (old,) = prompts_of(run_name, 1)
+    gathering = asyncio.create_task(before.gather([old]))
+    worker = Worker(patient_queue, run_name)
+    await filled(queue, before.streams.prompts, 1, gathering)
+    assert await worker.step()
+    gathering.cancel()
+    again = make_exchange(queue, run_name, incarnation=2)
+    version = PolicyVersion(incarnation=2, step=3)
+    again.renew = lambda prompt: prompt.model_copy(update={"policy_version": version})
+    assert await again.start([old]) == [] and again.outstanding == 1
+    await queue.purge(again.streams.rollouts)
+    async with working(worker):
+        (answer,) = await patiently(again.gather([]))
+    assert answer.scored.group.prompt.policy_version == version
+
+
 async def test_a_prompt_that_shall_be_asked_again_is_offered_until_it_is_acknowledged(
     queue: Queue, patient_queue: Queue, run_name: str, fast: None
 ) -> None:

@@ -70,6 +70,7 @@ class Exchange:
         aside: called now and then while answers are awaited, for what else may stand in their way.
         relieve: called when Redis takes no more prompts though none is under way: what the
             trainer holds there fills it.
+        renew: what to ask in place of a prompt that Redis lost; the same unless its incarnation has ended.
     """
 
     queue: Queue
@@ -79,6 +80,7 @@ class Exchange:
     bound: int
     aside: Callable[[], Awaitable[None]] = nothing
     relieve: Callable[[], Awaitable[None]] = nothing
+    renew: Callable[[Prompt], Prompt] = lambda prompt: prompt
     _waiting: deque[Prompt] = field(default_factory=deque)
     _outstanding: dict[str, Prompt] = field(default_factory=dict)
     _keys: dict[str, str] = field(default_factory=dict)
@@ -252,7 +254,8 @@ class Exchange:
             if self._keys[task_id] not in present:
                 logger.warning("prompt %s is in no stream; it is asked again", task_id)
                 self._asked[task_id] += 1
-                await self._put(prompt)
+                self._outstanding[task_id] = self.renew(prompt)
+                await self._put(self._outstanding[task_id])
 
     async def _look_for_retries(self) -> None:
         if self.purpose is not Purpose.TRAIN:

@@ -103,6 +103,7 @@ class TrainingRun:
         )
         for exchange in (self.training, self.evaluation):
             exchange.aside, exchange.relieve = self._mend_snapshot, self._make_room
+        self.training.renew = self._renewed
 
     async def run(self) -> None:
         """Train to the recipe's last step; evaluates at the start, at intervals and at the end."""
@@ -126,9 +127,15 @@ class TrainingRun:
         lost = await self.training.start(self.ledger.dispatched, usable=self._is_of_this_lineage)
         await self.evaluation.start()
         await self._despite_full_disk(self._publish)
-        for prompt in lost:
-            self._dispatched[prompt.dispatch_index] = prompt.model_copy(update={"policy_version": self.version})
-        self.training.ask(self._dispatched[prompt.dispatch_index] for prompt in lost)
+        self.training.ask([self._renewed(prompt) for prompt in lost])
+
+    def _renewed(self, prompt: Prompt) -> Prompt:
+        """A dispatched prompt as this incarnation asks it: replicas drop prompts of older ones."""
+        asked = prompt.policy_version
+        if asked is None or asked.incarnation < self.version.incarnation:
+            prompt = prompt.model_copy(update={"policy_version": self.version})
+            self._dispatched[prompt.dispatch_index] = prompt
+        return prompt
 
     def _is_of_this_lineage(self, group: RolloutGroup) -> bool:
         """Whether the policy that made a group is an ancestor of this one: a dead incarnation may have gone further."""
