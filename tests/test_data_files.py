@@ -237,8 +237,8 @@ def test_an_answer_that_no_completion_can_match_is_a_fault(
 def test_a_dataset_is_not_converted_onto_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_lines(tmp_path, line())
     before = path.read_bytes()
-    for source in (path, tmp_path):
-        assert main(["convert", str(source), str(tmp_path / "." / "questions.jsonl")]) == 2
+    for source, out in ((path, path), (tmp_path, path), (path, tmp_path / "elsewhere" / ".." / "questions.jsonl")):
+        assert main(["convert", str(source), str(out)]) == 2
         assert "questions.jsonl is the file that is read; name another one" in capsys.readouterr().err
     assert path.read_bytes() == before
 

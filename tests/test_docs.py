@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typer.main import get_command
 
 from builders import scored_with
 from mars_reward.app import build_app as reward_app
+from mars_reward.offline import main as score_file
 from mars_rollout.app import build_app as rollout_app
 from mars_shared.cli import app as command_line
 from mars_shared.contracts import PolicyVersion, ScoredGroup, VersionSpan
@@ -25,6 +27,8 @@ from mars_shared.settings import Deployment, TrainSection
 from mars_trainer.app import build_app as trainer_app
 from mars_trainer.batch import Batch
 from mars_trainer.credit import credit
+from mars_trainer.datasets.formats import read_records
+from mars_trainer.datasets.prompt_length import PromptRuler
 from mars_trainer.learner import _metrics as learner_metrics
 from mars_trainer.loop import Progress
 from mars_trainer.metrics import rollout_metrics, staleness_metrics
@@ -186,3 +190,28 @@ def test_every_event_of_ours_is_documented_and_the_other_way_round() -> None:
     section = (ROOT / "docs/metrics.md").read_text(encoding="utf-8").partition("## Event log")[2]
     documented = set(re.findall(r"^\| `(\w+)` \|", section, re.M))
     assert documented == written | {"evaluation", "evaluated"}  # these two are written by one call, which names neither
+
+
+def json_lines(name: str, heading: str) -> list[dict[str, Any]]:
+    """The lines of the JSON block below a heading of a document."""
+    section = (ROOT / "docs" / name).read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    return [json.loads(line) for line in section.partition("```json\n")[2].partition("\n```\n")[0].splitlines()]
+
+
+def test_the_documented_formats_earn_the_whole_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json_lines("rewards.md", "The format that earns a reward")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert score_file([str(tmp_path / "rows.jsonl")]) == 0
+    # Format 0.5 and accuracy 1; format 0.75 and IoU 1.
+    assert [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()] == [1.5, 1.75]
+
+
+def test_the_documented_questions_are_put_to_the_model_as_they_stand(tmp_path: Path) -> None:
+    lines = json_lines("data.md", "Say which format you want")
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ruler = PromptRuler(ROOT / "models/tiny")
+    for record, line in zip(read_records(tmp_path / "questions.jsonl", "jsonl"), lines, strict=True):
+        text = ruler.text(record.question, [image.name for image in record.images])
+        image = "<|vision_start|><|image_pad|><|vision_end|>"
+        assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+        assert f"user\nvisible: {image} infrared: {image} {line['question']}<|im_end|>" in text
