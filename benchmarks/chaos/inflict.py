@@ -52,7 +52,8 @@ def hold_back(folder: Path, points: list[str]) -> None:
 
 
 def _one_of(run: Run, fault: Fault) -> str | None:
-    able = [name for name in run.replicas if run.can_suffer(name)]
+    """A replica that holds prompts, so that something is there to be lost."""
+    able = [name for name in run.replicas if run.can_suffer(name) and run.has_work(name)]
     return able[int(fault.pick * len(able))] if able else None
 
 
@@ -113,12 +114,12 @@ def _lose_redis_file(run: Run, fault: Fault) -> Blow | None:
     return Blow(blow.target, blow.effective and there)
 
 
-def _freeze(run: Run, name: str | None) -> Blow | None:
-    if name is None or not run.can_suffer(name):
-        return None
+def _freeze(run: Run, name: str, *, with_work: bool) -> Blow | None:
     pid = run.stack.supervisor.pids()[name]
     os.killpg(pid, signal.SIGSTOP)
     try:
+        if with_work and not run.has_work(name):
+            return None
         thaw_at = time.monotonic() + FREEZE_S
         run.wait_for(lambda: time.monotonic() > thaw_at, 2 * FREEZE_S)
         frozen = run.pid(name) == pid and psutil.Process(pid).status() == psutil.STATUS_STOPPED
@@ -129,11 +130,15 @@ def _freeze(run: Run, name: str | None) -> Blow | None:
 
 
 def _freeze_replica(run: Run, fault: Fault) -> Blow | None:
-    return _freeze(run, _one_of(run, fault))
+    """Another one lives, which takes over what the frozen one holds."""
+    name = _one_of(run, fault)
+    if name is None or sum(map(run.can_suffer, run.replicas)) < 2:
+        return None
+    return _freeze(run, name, with_work=True)
 
 
 def _freeze_reward(run: Run, fault: Fault) -> Blow | None:
-    return _freeze(run, "reward")
+    return _freeze(run, "reward", with_work=False) if run.can_suffer("reward") else None
 
 
 def _strike(run: Run, fault: Fault) -> Blow | None:

@@ -19,6 +19,7 @@ from redis import Redis, exceptions
 from mars_shared.contracts import Purpose
 from mars_shared.errors import ConfigError, MarsError
 from mars_shared.http import bind
+from mars_shared.lua import GROUP
 from mars_shared.queue import Streams
 from mars_shared.server import HOST, EmbeddedValkey
 from mars_shared.settings import Recipe, load_recipe
@@ -172,6 +173,14 @@ class Run:
             return self._http.get(f"{service_url(HOST, port)}/readyz").status_code == 200
         except httpx.HTTPError:
             return False
+
+    def has_work(self, name: str) -> bool:
+        """Whether a replica holds prompts at this moment."""
+        try:
+            consumers: Any = self.redis.xinfo_consumers(Streams(self.recipe.run.name).prompts, GROUP)
+        except exceptions.RedisError:
+            return False
+        return any(consumer["name"].decode() == name and consumer["pending"] for consumer in consumers)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> int:
         """Send a service the signal that ends it; returns its process id."""

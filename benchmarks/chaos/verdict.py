@@ -128,8 +128,8 @@ class Verdict:
 
     @property
     def effective_time_ratio(self) -> float | None:
-        """Training seconds of the undisturbed run over those of the disturbed: first step's begin to last step's end of each."""
-        return self.undisturbed.training_s / self.disturbed.training_s if self.disturbed.training_s else None
+        """Training seconds of the undisturbed run over those of the disturbed; None if that did not finish."""
+        return self.undisturbed.training_s / self.disturbed.training_s if self.disturbed.weights else None
 
     @property
     def broken(self) -> list[str]:
