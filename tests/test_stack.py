@@ -202,6 +202,7 @@ def test_every_replica_serves_the_last_version(stack: Stack) -> None:
     assert (run["state"], run["step"], run["steps"]) == ("finished", STEPS, STEPS)
     for replica in (0, 1):
         assert httpx.get(f"{stack.url(replica)}/v1/version").json()["version"] == run["version"]
+        assert "ready to answer" in (stack.run_dir / "logs" / f"rollout-{replica}.log").read_text(), "vLLM leaves our log alone"
 
 
 def write_pair(folder: Path) -> tuple[Path, Path, str]:

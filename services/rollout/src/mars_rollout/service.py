@@ -94,11 +94,12 @@ class Replica:
         recipe = self._recipe
         renderer = await asyncio.to_thread(_load_renderer, recipe)
         start_engine, build_openai_app = await asyncio.to_thread(_import_engine)
-        # vLLM's imports raise the level of the root logger and its handlers.
-        configure_logging(self._name)
         engine = await start_engine(recipe)
         maker = GroupMaker(engine, renderer, self._blobs, replica=self._name, data=recipe.data)
-        return engine, await build_openai_app(engine, recipe), maker
+        openai_app = await build_openai_app(engine, recipe)
+        # vLLM raises the level of the root logger and its handlers, when it is imported and when its app is built.
+        configure_logging(self._name)
+        return engine, openai_app, maker
 
     async def _work(self, engine: Engine, maker: GroupMaker, stop: asyncio.Event) -> None:
         policy = Policy(engine, self._store, self._recipe.model.path, in_flight=self._recipe.rollout.in_flight)

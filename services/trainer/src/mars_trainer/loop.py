@@ -293,7 +293,6 @@ class TrainingRun:
 
     async def _commit(self) -> None:
         """Make the run's state durable, then let Redis forget what is in it: never the other way round."""
-        fault("trainer.before_checkpoint")
         began = time.monotonic()
         claims = list(self._unacknowledged)
         await self._despite_full_disk(self._checkpoint)
@@ -334,6 +333,7 @@ class TrainingRun:
         return self.publisher.publish(self.learner.model, self.version)
 
     def _checkpoint(self) -> None:
+        fault("trainer.before_checkpoint")
         self.checkpoints.save(
             Checkpoint(ledger=self.ledger, model=self.learner.model_tensors(), optimizer=self.learner.optimizer_tensors())
         )
