@@ -105,6 +105,7 @@ async def test_a_retried_prompt_takes_the_next_place_and_is_acknowledged_with_th
     replies, shelf = Replies(telling=range(99)), Shelf()
     run = make_run(tmp_path, replies, Pupil(), shelf)
     old = run.prompts.training(run.data.train[5], epoch=0, dispatch_index=77, version=PolicyVersion(incarnation=0, step=9))
+    run.progress.dead.append(77)
     replies.retries = [Retry(Claim("retries", "500", "c", 1, b""), old)]
     await run._step()
     assert replies.asked == [[0, 1, 2]]

@@ -9,7 +9,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from redis import Redis
 from builders import make_group, make_score, make_scored
 from loop_doubles import Pupil, Shelf, make_run
 from mars_shared.contracts import Prompt, Purpose, RolloutGroup, VersionSpan
+from mars_shared.errors import LeaseLostError
 from mars_shared.queue import Queue, Streams
 from mars_shared.server import EmbeddedValkey
 from mars_shared.telemetry import read_events
@@ -55,7 +56,8 @@ class Fleet:
                 self.sampled.append(length_of(prompt.dispatch_index))
                 await asyncio.sleep(seconds_per_token * length_of(prompt.dispatch_index))
                 payload = group.model_dump_json().encode()
-                await self.queue.complete(claim, forward=self.streams.rollouts, payload=payload)
+                with suppress(LeaseLostError):  # a trainer that starts takes away what its predecessor asked
+                    await self.queue.complete(claim, forward=self.streams.rollouts, payload=payload)
 
     def _group(self, prompt: Prompt) -> RolloutGroup:
         length, version = length_of(prompt.dispatch_index), self.shelf.versions[-1]
@@ -75,9 +77,9 @@ class Fleet:
             if claim is not None:
                 group = RolloutGroup.model_validate_json(claim.payload)
                 scored = make_scored(group, [make_score(float(index)) for index, _ in enumerate(group.completions)])
-                await self.queue.complete(
-                    claim, forward=self.streams.scored(Purpose.TRAIN), payload=scored.model_dump_json().encode()
-                )
+                payload = scored.model_dump_json().encode()
+                with suppress(LeaseLostError):
+                    await self.queue.complete(claim, forward=self.streams.scored(Purpose.TRAIN), payload=payload)
 
 
 @asynccontextmanager

@@ -148,14 +148,12 @@ def test_pruning_keeps_the_newest_in_the_order_of_versions(store: WeightsStore, 
     assert snapshots(tmp_path) == ["1.11", "2.2"]
 
 
-def test_pruning_spares_the_head_and_what_is_protected(store: WeightsStore, tmp_path: Path) -> None:
-    protected = publish(store, 0)
+def test_pruning_spares_the_head(store: WeightsStore, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         publish(store, step)
     rolled_back = publish(store, 0, content=b"others")  # HEAD need not be the highest version
-    store.prune(keep=1, protect=[protected])
-    assert snapshots(tmp_path) == ["1.0", "1.0", "1.3"]
-    store.verify(protected)
+    store.prune(keep=1)
+    assert snapshots(tmp_path) == ["1.0", "1.3"]
     store.verify(rolled_back)
 
 

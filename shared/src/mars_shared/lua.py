@@ -59,6 +59,15 @@ local function hand_back(stream, errors, id, attempt, field)
   return redis.call('HINCRBY', errors, field, 1)
 end
 
+-- Adds a dead letter. XDEL comes first: a full server refuses XADD as a script's first write.
+local function bury(dead, payload, key, reason, detail, stream, attempt)
+  redis.call('XDEL', dead, '0-1')
+  local time = redis.call('TIME')
+  redis.call('XADD', dead, '*', 'payload', payload, 'key', key, 'reason', reason, 'detail', detail,
+    'stream', stream, 'attempt', attempt, 'time', time[1] .. '.' .. string.format('%06d', time[2]))
+  return 1
+end
+
 local function read(stream, id)
   local entry = redis.call('XRANGE', stream, id, id)[1]
   if entry then return entry[2][2], entry[2][4] end
@@ -125,10 +134,11 @@ return fresh and claimed(fresh[1][2][1], 1, KEYS[2])
 RESUME = (
     _COMMON
     + """
--- KEYS stream, errors; ARGV consumer.
-local claims = {}
+-- KEYS stream, errors; ARGV consumer, ids that are left as they are.
+local left, claims = {}, {}
+for i = 2, #ARGV do left[ARGV[i]] = true end
 for _, row in ipairs(pending(KEYS[1], GROUP, '-', '+', 1000000, ARGV[1]) or {}) do
-  claims[#claims + 1] = take_over(KEYS[1], KEYS[2], row, ARGV[1], 0)
+  if not left[row[1]] then claims[#claims + 1] = take_over(KEYS[1], KEYS[2], row, ARGV[1], 0) end
 end
 return claims
 """
@@ -197,10 +207,15 @@ DEAD_LETTER = (
 if not owned(KEYS[1], ARGV[1], ARGV[2], ARGV[3]) then return 0 end
 local payload, key = read(KEYS[1], ARGV[1])
 remove(KEYS[1], KEYS[2], ARGV[1])
-local time = redis.call('TIME')
-redis.call('XADD', KEYS[3], '*', 'payload', payload, 'key', key, 'reason', ARGV[4], 'detail', ARGV[5],
-  'stream', KEYS[1], 'attempt', ARGV[3], 'time', time[1] .. '.' .. string.format('%06d', time[2]))
-return 1
+return bury(KEYS[3], payload, key, ARGV[4], ARGV[5], KEYS[1], ARGV[3])
+"""
+)
+
+REPORT_DEAD = (
+    _COMMON
+    + """
+-- KEYS dead; ARGV payload, key, reason, detail.
+return bury(KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4], KEYS[1], 0)
 """
 )
 

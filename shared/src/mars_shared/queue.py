@@ -170,7 +170,7 @@ class Queue:
         self._begin_incarnation = script(lua.BEGIN_INCARNATION)
         self._hand_back, self._begin_alone = script(lua.HAND_BACK), script(lua.BEGIN_ALONE)
         self._dead_letter, self._remove, self._outstanding = script(lua.DEAD_LETTER), script(lua.REMOVE), script(lua.OUTSTANDING)
-        self._revive = script(lua.REVIVE)
+        self._report_dead, self._revive = script(lua.REPORT_DEAD), script(lua.REVIVE)
 
     async def ping(self) -> None:
         """Return if Redis answers."""
@@ -247,13 +247,13 @@ class Queue:
                 return None
             await asyncio.sleep(POLL_S)
 
-    async def resume(self, stream: str, consumer: str) -> list[Claim]:
+    async def resume(self, stream: str, consumer: str, *, besides: Iterable[str] = ()) -> list[Claim]:
         """Claim again, oldest first, all entries that a consumer of this name held before it restarted.
 
-        Each begins its next attempt, so that a predecessor that still runs is fenced off.
+        Entries of the ids in `besides`, which it holds now, stay as they are. Each begins its next attempt, so that a predecessor that still runs is fenced off.
         """
         with self._errors():
-            found = await self._resume([stream, _errors_of(stream)], [consumer])
+            found = await self._resume([stream, _errors_of(stream)], [consumer, *besides])
         return [_claim(stream, consumer, entry) for entry in found]
 
     async def heartbeat(self, claim: Claim) -> None:
@@ -359,9 +359,7 @@ class Queue:
     async def report_dead(self, run: str, payload: bytes, *, key: str, reason: str, detail: str) -> None:
         """Add a dead letter about an item that never came into a stream."""
         with self._errors():
-            seconds, microseconds = await self._redis.time()
-            fields = {"payload": payload, "key": key, "reason": reason, "detail": detail, "stream": Streams(run).dead}
-            await self._redis.xadd(Streams(run).dead, fields | {"attempt": 0, "time": f"{seconds}.{microseconds:06d}"})
+            await self._report_dead([Streams(run).dead], [payload, key, reason, detail])
 
     async def dead(self, run: str, limit: int | None = 100) -> list[DeadLetter]:
         """The run's last dead letters (None: all), latest first; depth(Streams(run).dead) counts all."""

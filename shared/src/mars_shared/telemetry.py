@@ -9,7 +9,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from mars_shared.files import disk_is_full
+
+logger = logging.getLogger(__name__)
 
 
 def configure_logging(service: str, level: int = logging.INFO) -> None:
@@ -20,13 +24,32 @@ def configure_logging(service: str, level: int = logging.INFO) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-def open_lines(path: Path) -> TextIO:
-    """Open a log of lines to append to; a torn last line of a killed writer gets an end of its own."""
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8", buffering=1)
-    if torn:
-        file.write("\n")
-    return file
+class LineLog:
+    """A file of lines to append to; a torn last line of a killed writer gets an end of its own.
+
+    While the disk is full, lines wait in memory for the next one that is appended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b"\n" if torn else b""
+
+    def append(self, line: str) -> None:
+        """Write a line, which has no end of its own yet."""
+        self._waiting += line.encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            logger.error("the disk is full (%s); %d bytes for %s wait for space", error, len(self._waiting), self.path)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -48,15 +71,14 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open_lines(path)
+        self._lines = LineLog(path)
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event; values must be JSON-serialisable and finite."""
-        self._file.write(json.dumps({"time": time.time(), "event": kind, **fields}, allow_nan=False) + "\n")
+        self._lines.append(json.dumps({"time": time.time(), "event": kind, **fields}, allow_nan=False))
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def by_step(events: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

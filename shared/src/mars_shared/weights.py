@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -157,13 +156,12 @@ class WeightsStore:
                 )
         return folder
 
-    def prune(self, keep: int, protect: Sequence[WeightManifest] = ()) -> None:
-        """Remove all but the newest `keep` snapshots; those in `protect` and HEAD stay."""
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` snapshots; HEAD stays."""
         head = self.head()
-        protected = {self.folder(manifest) for manifest in (*protect, *([head] if head else []))}
-        snapshots = sorted((path for path in self._root.glob("[0-9]*") if (path / MANIFEST).is_file()), key=_publication_order)
+        snapshots = sorted(self._root.glob("[0-9]*"), key=_publication_order)
         for folder in snapshots[:-keep]:
-            if folder not in protected:
+            if head is None or folder != self.folder(head):
                 shutil.rmtree(folder)
 
 

@@ -92,8 +92,8 @@ class Policy:
         try:
             yield pull_s
         finally:
+            self._held.remove(prompt)  # before the lock is waited for: a cancellation then must not leave it held for ever
             async with self._changed:
-                self._held.remove(prompt)
                 self._changed.notify_all()
 
     async def _acquire(self, prompt: Prompt) -> float:

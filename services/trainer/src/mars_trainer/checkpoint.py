@@ -19,7 +19,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mars_shared.contracts import Message, PolicyVersion, Prompt, WeightFile
@@ -27,6 +27,7 @@ from mars_shared.errors import CheckpointError, IntegrityError
 from mars_shared.faults import fault
 from mars_shared.files import fsync_path, write_atomic
 from mars_shared.weights import describe_file
+from mars_trainer.tensors import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Ledger(Message):
     consumed: tuple[tuple[int, ...], ...] = Field(description="dispatch indices trained on, step by step, in order")
     filtered: tuple[int, ...] = Field(default=(), description="dispatch indices whose groups had no signal")
     dead: tuple[int, ...] = Field(default=(), description="dispatch indices that were dead-lettered")
+    retried: tuple[int, ...] = Field(default=(), description="those of the dead whose prompts were asked again, as others")
     dispatched: tuple[Prompt, ...] = Field(default=(), description="prompts asked and not trained on, in dispatch order")
 
 
@@ -69,22 +71,30 @@ class CheckpointStore:
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write durably under step_N: staged, synced, then renamed. Older ones beyond `keep` go."""
+        target = self._root / f"step_{checkpoint.ledger.version.step}"
+        try:
+            staged = self._stage(checkpoint)
+            fault("trainer.before_commit")
+            self._put_in_place(staged, target)
+        except OSError:
+            self._clean_up()  # what did not fit must not keep room from the next attempt
+            raise
+        for old in list(self._newest_first())[self._keep :]:
+            if old != target:
+                shutil.rmtree(old)
+        return target
+
+    def _stage(self, checkpoint: Checkpoint) -> Path:
         staged = self._root / f".staged-{uuid4().hex}"
         staged.mkdir()
-        save_file(checkpoint.model, staged / "model.safetensors")
-        save_file(checkpoint.optimizer, staged / "optimizer.safetensors")
+        save_tensors(checkpoint.model, staged / "model.safetensors")
+        save_tensors(checkpoint.optimizer, staged / "optimizer.safetensors")
         (staged / "state.json").write_text(checkpoint.ledger.model_dump_json(), encoding="utf-8")
         files = sorted(staged.iterdir())
         for file in files:
             fsync_path(file)
         write_atomic(staged / _HASHES, _FILES.dump_json(tuple(describe_file(file) for file in files)))
-        target = self._root / f"step_{checkpoint.ledger.version.step}"
-        fault("trainer.before_commit")
-        self._put_in_place(staged, target)
-        for old in list(self._newest_first())[self._keep :]:
-            if old != target:
-                shutil.rmtree(old)
-        return target
+        return staged
 
     def _put_in_place(self, staged: Path, target: Path) -> None:
         """Rename; a checkpoint of the same step, from a lineage that ended, steps aside first and comes back if this is cut off."""

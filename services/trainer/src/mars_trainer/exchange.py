@@ -37,6 +37,11 @@ async def nothing() -> None:
     """What an exchange calls where nobody asked for more."""
 
 
+def as_it_was(prompt: Prompt) -> Prompt:
+    """How an exchange asks a lost prompt again where nobody asked for more."""
+    return prompt
+
+
 @dataclass(frozen=True)
 class Answer:
     """A scored group and the entry that still holds it in the stream."""
@@ -70,7 +75,7 @@ class Exchange:
         aside: called now and then while answers are awaited, for what else may stand in their way.
         relieve: called when Redis takes no more prompts though none is under way: what the
             trainer holds there fills it.
-        renew: what to ask in place of a prompt that Redis lost; the same unless its incarnation has ended.
+        renew: makes of a prompt that Redis lost the one that is asked instead.
     """
 
     queue: Queue
@@ -80,7 +85,7 @@ class Exchange:
     bound: int
     aside: Callable[[], Awaitable[None]] = nothing
     relieve: Callable[[], Awaitable[None]] = nothing
-    renew: Callable[[Prompt], Prompt] = lambda prompt: prompt
+    renew: Callable[[Prompt], Prompt] = as_it_was
     _waiting: deque[Prompt] = field(default_factory=deque)
     _outstanding: dict[str, Prompt] = field(default_factory=dict)
     _keys: dict[str, str] = field(default_factory=dict)
@@ -135,7 +140,7 @@ class Exchange:
                 self._next_dead_look = now + LOOK_FOR_DEAD_S
             if now >= self._next_reconcile:
                 await self._take_up(answers)
-                await self._ask_lost_again()
+                await self._find_lost()
                 await self._look_for_retries()
                 self._next_reconcile = now + RECONCILE_S
                 await self.aside()
@@ -208,9 +213,8 @@ class Exchange:
 
     async def _take_up(self, answers: list[Answer]) -> None:
         """Entries that Redis gave to this consumer while the connection broke, so that it never heard of them."""
-        for claim in await self.queue.resume(self.streams.scored(self.purpose), CONSUMER):
-            if claim.entry_id not in self._held:
-                await self._accept(claim, answers)
+        for claim in await self.queue.resume(self.streams.scored(self.purpose), CONSUMER, besides=self._held):
+            await self._accept(claim, answers)
 
     async def _accept(self, claim: Claim, answers: list[Answer]) -> None:
         """Append the claim as an answer; drop a second one, or one to a prompt of another incarnation."""
@@ -245,8 +249,8 @@ class Exchange:
                 deaths.append(Death(prompt, letter))
         return deaths
 
-    async def _ask_lost_again(self) -> None:
-        """Find outstanding prompts that are in no stream. Streams are read in the direction of the flow."""
+    async def _find_lost(self) -> None:
+        """Let outstanding prompts that are in no stream wait to be asked again. Streams are read in the direction of the flow."""
         present: set[str] = set()
         for stream in (self.streams.prompts, self.streams.rollouts, self.streams.scored(self.purpose), self.streams.dead):
             present.update((await self.queue.outstanding(stream)).values())
@@ -254,8 +258,8 @@ class Exchange:
             if self._keys[task_id] not in present:
                 logger.warning("prompt %s is in no stream; it is asked again", task_id)
                 self._asked[task_id] += 1
-                self._outstanding[task_id] = self.renew(prompt)
-                await self._put(self._outstanding[task_id])
+                del self._outstanding[task_id]
+                self._waiting.append(self.renew(prompt))
 
     async def _look_for_retries(self) -> None:
         if self.purpose is not Purpose.TRAIN:
@@ -265,6 +269,8 @@ class Exchange:
 
     async def _take_over(self, dispatched: Sequence[Prompt], usable: Callable[[RolloutGroup], bool]) -> list[Prompt]:
         await self.queue.ping()
+        self._outstanding.clear()
+        self._keys.clear()
         newest = await self.queue.dead(self.run, limit=1)
         self._last_dead = newest[0].entry_id if newest else "0"
         if self.purpose is not Purpose.TRAIN:

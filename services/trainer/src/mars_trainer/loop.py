@@ -7,7 +7,6 @@ business (window.py). With max_staleness = 0 every group is made by the very pol
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from mars_shared.contracts import PolicyVersion, Prompt, RolloutGroup, WeightManifest
 from mars_shared.errors import InputError
 from mars_shared.faults import fault
+from mars_shared.files import disk_is_full
 from mars_shared.queue import Claim
 from mars_shared.settings import Recipe
 from mars_shared.telemetry import EventLog, read_events
@@ -27,7 +27,7 @@ from mars_trainer.credit import credit
 from mars_trainer.datasets import RunData
 from mars_trainer.dispatch import PromptMaker, place_of
 from mars_trainer.evaluate import EvaluationKind, evaluate, results_name, summarise_by_dataset, write_results
-from mars_trainer.exchange import Answer, Death, Exchange
+from mars_trainer.exchange import Answer, Death, Exchange, Retry
 from mars_trainer.learner import Learner
 from mars_trainer.metrics import finite, rollout_metrics, staleness_metrics
 from mars_trainer.publish import Publisher
@@ -81,8 +81,10 @@ class TrainingRun:
     """The version of the checkpoint that the run goes on from."""
     _unacknowledged: list[Claim] = field(default_factory=list)
     """Entries of what is in the weights and in no checkpoint."""
-    _retried: list[Claim] = field(default_factory=list)
-    """Entries of prompts that this step took up again."""
+    _retries: list[Claim] = field(default_factory=list)
+    """Entries of retries that were looked at since the last step."""
+    _retried: list[int] = field(default_factory=list)
+    """Dispatch indices of the dead whose prompts were asked again, as others."""
     _unusable: list[tuple[int, InputError]] = field(default_factory=list)
     _dispatched: dict[int, Prompt] = field(default_factory=dict)
     """Prompts by dispatch index, from dispatch until a step has trained on their groups or done without."""
@@ -90,6 +92,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         train, ledger = self.recipe.train, self.ledger
+        self._retried = list(ledger.retried)
         self._dispatched = {prompt.dispatch_index: prompt for prompt in ledger.dispatched}
         self.window = Window(
             batch=train.prompts_per_step,
@@ -101,9 +104,10 @@ class TrainingRun:
             next_index=ledger.next_dispatch_index,
             dispatched=self._dispatched,
         )
-        for exchange in (self.training, self.evaluation):
-            exchange.aside, exchange.relieve = self._mend_snapshot, self._make_room
         self.training.renew = self._renewed
+        probing = [self.self_test.exchange] if self.self_test else []
+        for exchange in (self.training, self.evaluation, *probing):
+            exchange.aside, exchange.relieve = self._mend_snapshot, self._make_room
 
     async def run(self) -> None:
         """Train to the recipe's last step; evaluates at the start, at intervals and at the end."""
@@ -130,17 +134,14 @@ class TrainingRun:
         self.training.ask([self._renewed(prompt) for prompt in lost])
 
     def _renewed(self, prompt: Prompt) -> Prompt:
-        """A dispatched prompt as this incarnation asks it: replicas drop prompts of older ones."""
-        asked = prompt.policy_version
-        if asked is None or asked.incarnation < self.version.incarnation:
-            prompt = prompt.model_copy(update={"policy_version": self.version})
-            self._dispatched[prompt.dispatch_index] = prompt
-        return prompt
+        """A lost prompt, for the policy as it is: replicas make no group for an incarnation that has ended."""
+        renewed = self._dispatched[prompt.dispatch_index] = prompt.model_copy(update={"policy_version": self.version})
+        return renewed
 
     def _is_of_this_lineage(self, group: RolloutGroup) -> bool:
         """Whether the policy that made a group is an ancestor of this one: a dead incarnation may have gone further."""
         spans = [span.version for completion in group.completions for span in completion.spans]
-        return self.restored_from is not None and max(group.policy_version, *spans) <= self.restored_from
+        return self.restored_from is not None and max([group.policy_version, *spans]) <= self.restored_from
 
     async def evaluate_newest(self) -> None:
         """Evaluate the newest checkpoint's policy, or the base model where there is none; the run itself stays as it was."""
@@ -194,7 +195,9 @@ class TrainingRun:
         Raises:
             InputError: every group of the step died, and those that were asked in their place.
         """
-        while not self.window.settle():
+        settled = False
+        while not settled:
+            # Even where all is there already: the places that the step before gave free are replicas' work meanwhile.
             await self._despite_full_disk(self._dispatch)
             await self._report_unusable()
             answers, deaths = await self.training.receive()
@@ -203,6 +206,7 @@ class TrainingRun:
                 self.window.arrive(answer.scored.group.prompt.dispatch_index, judged)
             for death in deaths:
                 self._bury(death)
+            settled = self.window.settle()
         if not (self.window.kept or self.window.dropped):
             raise InputError(
                 f"step {self.version.step + 1}: every prompt died, {self.window.died} replacements too; see the events"
@@ -240,8 +244,7 @@ class TrainingRun:
         Raises:
             InputError: not one sample of the training set can be opened.
         """
-        if retry := self.training.take_retry():
-            self._retried.append(retry.claim)
+        if retry := self._next_retry():
             return self.prompts.again(retry.prompt, dispatch_index=self.window.next_index, version=self.version)
         rows = len(self.data.train)
         for _ in range(rows):
@@ -256,6 +259,17 @@ class TrainingRun:
                 self._unusable.append((index, error))
                 self.events.write("dead", reason=str(error))
         raise InputError(f"none of the {rows} training samples can be opened; see the events, or run `mars data check`")
+
+    def _next_retry(self) -> Retry | None:
+        """A prompt that died and was not asked again since: this lineage has no other group of it."""
+        while retry := self.training.take_retry():
+            index = retry.prompt.dispatch_index
+            self._retries.append(retry.claim)
+            if index in self.progress.dead and index not in self._retried:
+                self._retried.append(index)
+                return retry
+            logger.warning("prompt %s is not tried again: it is not dead, or was tried again before", retry.prompt.task_id)
+        return None
 
     async def _report_unusable(self) -> None:
         """Samples that never became prompts stand among the dead letters too."""
@@ -283,11 +297,12 @@ class TrainingRun:
                 "consumed": (*self.ledger.consumed, _indices(batch.kept)),
                 "filtered": (*self.ledger.filtered, *_indices(batch.dropped)),
                 "dead": tuple(self.progress.dead),
+                "retried": tuple(self._retried),
                 "dispatched": tuple(self._dispatched.values()),
             }
         )
-        self._unacknowledged += [*(judged.answer.claim for judged in batch.kept), *self._retried]
-        self._retried.clear()
+        self._unacknowledged += [*(judged.answer.claim for judged in batch.kept), *self._retries]
+        self._retries.clear()
         self.progress.version = self.version
         self.progress.next_dispatch_index = self.window.next_index
 
@@ -321,7 +336,7 @@ class TrainingRun:
             try:
                 await asyncio.to_thread(write)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if not disk_is_full(error):
                     raise
                 self.progress.state = "waiting for disk space"
                 logger.error("the disk is full (%s); free some space, the run goes on then", error)
@@ -365,7 +380,7 @@ class TrainingRun:
         began = time.time()
         results, answers = await evaluate(self.evaluation, self.prompts, self.data.held_out, self.version, on_dead)
         file, asked = results_name(kind, self.version.step), {name: len(samples) for name, samples in self.data.held_out.items()}
-        write_results(self.evaluations / file, results)
+        await self._despite_full_disk(lambda: write_results(self.evaluations / file, results))
         entry = {"step": self.version.step, **summarise_by_dataset(results), "asked": asked, "results": file}
         entry["seconds"] = time.time() - began
         self.events.write(kind, **entry)

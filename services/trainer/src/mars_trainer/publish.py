@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from mars_shared.contracts import PolicyVersion, WeightManifest
 from mars_shared.settings import Recipe
 from mars_shared.weights import WeightsStore, model_fingerprint
+from mars_trainer.tensors import save_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -31,16 +31,20 @@ class Publisher:
 
     def publish(self, model: nn.Module, version: PolicyVersion) -> WeightManifest:
         """Write, fsync and announce a version, then remove the oldest ones."""
-        staged = self._store.stage()
         dtype = getattr(torch, self._recipe.model.dtype)
-        save_file(policy_tensors(model, dtype), staged / WEIGHTS_FILE, metadata={"format": "pt"})
-        manifest = self._store.publish(
-            staged,
-            run=self._recipe.run.name,
-            version=version,
-            model=self._fingerprint,
-            dtype=self._recipe.model.dtype,
-        )
+        staged = self._store.stage()
+        try:
+            save_tensors(policy_tensors(model, dtype), staged / WEIGHTS_FILE)
+            manifest = self._store.publish(
+                staged,
+                run=self._recipe.run.name,
+                version=version,
+                model=self._fingerprint,
+                dtype=self._recipe.model.dtype,
+            )
+        except OSError:
+            self._store.sweep()  # what did not fit must not keep room from the next attempt
+            raise
         self._store.prune(self._recipe.train.keep_snapshots)
         return manifest
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mars_shared.contracts import ScoredGroup
-from mars_shared.telemetry import open_lines, parse_lines
+from mars_shared.telemetry import LineLog, parse_lines
 from mars_trainer.algorithm.advantages import GroupAdvantages
 
 KEEP_PER_STEP = 2
@@ -24,7 +24,7 @@ class SampleLog:
     """Appends {"occasion", "step", "scored", "advantages"} lines."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open_lines(path)
+        self._lines = LineLog(path)
 
     def step(self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[GroupAdvantages]) -> None:
         """Keep the first groups of the first and every KEEP_EVERY_STEPS-th step."""
@@ -46,7 +46,7 @@ class SampleLog:
                 "scored": scored.model_dump(mode="json"),
                 "advantages": None if statistics is None else asdict(statistics),
             }
-            self._file.write(json.dumps(line) + "\n")
+            self._lines.append(json.dumps(line))
 
 
 @dataclass(frozen=True)
