@@ -12,7 +12,7 @@ from chaos.plan import FAULT_POINT, FULL_DISK, FULL_POINTS, KINDS, Fault, armed,
 from chaos.verdict import Verdict
 
 SUFFERED = ("kill replica", "flush Redis", "kill reward", "kill trainer", "restart Redis")
-STEPS, SEED = 10, 3
+STEPS, SEED = 30, 3
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,10 @@ def offered(recipe: str, *, time_limit_s: float) -> Iterator[None]:
     if recipe in RECIPES:
         yield
         return
-    reward = CustomReward(recipe, time_limit_s).start()
+    try:
+        reward = CustomReward(recipe, time_limit_s).start()
+    except ConfigError as error:
+        raise ConfigError(f"{error}; expected one of {', '.join(sorted(RECIPES))}, or a function of your own") from error
     RECIPES[recipe] = {"boxes": reward, "text": reward}
     try:
         yield

@@ -20,7 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from mars_rollout.engine.environment import MEDIA_CONNECTOR
 from mars_rollout.engine.vllm import SERVED_NAME, VllmEngine
-from mars_shared.http import error_body, shape_missing_routes
+from mars_shared.http import error_body
 from mars_shared.settings import Recipe
 
 OPENAI_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health"})
@@ -50,8 +50,10 @@ def _refuse_other_urls(url: str) -> None:
         raise VLLMValidationError(f"image URL {url[:60]!r}: only data: URLs are read; expected data:image/png;base64,...")
 
 
-async def refuse_processor_arguments(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Answer 400 to a body with mm_processor_kwargs: it could raise the pixel limit, and so take the replica's memory."""
+async def refuse_what_is_not_served(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    """Answer 404 to other routes, and 400 to mm_processor_kwargs: they could raise the pixel limit, and so take the memory."""
+    if request.url.path not in OPENAI_ROUTES:
+        return JSONResponse(error_body("HTTPError", "Not Found"), status_code=404)
     if request.method == "POST" and PROCESSOR_ARGUMENTS in _keys(await request.body()):
         message = f"{PROCESSOR_ARGUMENTS} are not accepted; images are processed as in training"
         return JSONResponse(error_body("InputError", message), status_code=400)
@@ -80,5 +82,4 @@ async def build_openai_app(engine: VllmEngine, recipe: Recipe) -> ASGIApp:
     # vLLM stops its server here when the engine dies; the replica watches the engine itself.
     app.state.server = SimpleNamespace(should_exit=False)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPENAI_ROUTES]
-    shape_missing_routes(app)
-    return BaseHTTPMiddleware(app, dispatch=refuse_processor_arguments)
+    return BaseHTTPMiddleware(app, dispatch=refuse_what_is_not_served)
