@@ -133,7 +133,7 @@ async def test_a_sample_that_cannot_be_opened_is_passed_over_and_said(tmp_path: 
     replies = Replies(telling=range(99))
     run = make_run(tmp_path, replies, Pupil(), Shelf())
     second = place_of(1, rows=6, seed=run.recipe.run.seed).row
-    run.data = RunData(Damaged(run.data.train[:6], {second}), {})
+    run.collector.samples = Damaged(run.data.train[:6], {second})
     await run._step()
     assert replies.asked == [[0, 2, 3]] and run.ledger.dead == (1,)
     assert replies.reported == [(1, f"questions.jsonl line {second + 1}: broken")]
@@ -144,7 +144,7 @@ async def test_a_sample_that_cannot_be_opened_is_passed_over_and_said(tmp_path: 
 
 async def test_a_training_set_of_broken_samples_ends_the_run_and_says_why(tmp_path: Path) -> None:
     run = make_run(tmp_path, Replies(telling=()), Pupil(), Shelf())
-    run.data = RunData(Damaged(run.data.train[:4], range(4)), {})
+    run.collector.samples = Damaged(run.data.train[:4], range(4))
     with pytest.raises(InputError, match="none of the 4 training samples can be opened"):
         await run._step()
 
