@@ -27,9 +27,10 @@ test: setup ## lint, types, import rules and all tests
 chaos: setup ## kill, freeze and damage a run, compare it with an undisturbed one: make chaos [FAULTS=n] [SEED=s]
 	@.venv/bin/python benchmarks/verify_chaos.py --faults $(FAULTS) --seed $(SEED)
 
-verify: setup ## long checks, hours: the demo's promises; every fault point, 50 faults; every algorithm learns on both tasks
+verify: setup ## long checks, hours: the demo's promises; every fault point; one replica against three; 50 faults; every algorithm learns on both tasks
 	@.venv/bin/python benchmarks/verify_demo.py
 	@.venv/bin/python benchmarks/verify_faults.py
+	@.venv/bin/python benchmarks/verify_chaos.py --faults 0 --dir runs/determinism
 	@.venv/bin/python benchmarks/verify_chaos.py --faults 50
 	@.venv/bin/python benchmarks/commit_cost.py
 	@.venv/bin/python benchmarks/verify_algorithms.py

@@ -1,7 +1,7 @@
 """`make chaos FAULTS=n SEED=s`: whether a run that suffers n faults ends like one that suffers none.
 
 Both runs are made here, of the tiny policy on digits, with the same recipe and seed: first an undisturbed one
-with one replica, then one with two replicas. Faults of the kinds in chaos/plan.py come in a seeded order,
+with one replica, then one with three. Faults of the kinds in chaos/plan.py come in a seeded order,
 each once the run has made progress since the one before. The supervisor gives a service up after 20 deaths
 in 300 s or three in a row before it is ready; the faults are inflicted on what is ready alone, and wait when a service has died 15
 times in 300 s. Written to runs/chaos: summary.json, undisturbed/ and disturbed/ with all logs.
@@ -36,14 +36,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Break a run on purpose and compare it with an undisturbed one.")
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the run and of the faults")
+    parser.add_argument("--replicas", type=int, default=3, help="of the run that suffers them (default: 3)")
     parser.add_argument("--dir", type=Path, default=RUNS, help=f"emptied first (default: {RUNS})")
     arguments = parser.parse_args()
     folder, steps = arguments.dir.resolve(), max(STEPS_A_FAULT * arguments.faults, FEWEST_STEPS)
     shutil.rmtree(folder, ignore_errors=True)
     print(f"undisturbed: {steps} steps with one replica", flush=True)
     reference = undisturbed(folder / "undisturbed", steps=steps, seed=arguments.seed, say=say)
-    print(f"disturbed: {steps} steps with two replicas, {arguments.faults} faults", flush=True)
-    verdict = disturbed(folder / "disturbed", plan(arguments.faults, arguments.seed), reference, seed=arguments.seed, say=say)
+    print(f"disturbed: {steps} steps with {arguments.replicas} replicas, {arguments.faults} faults", flush=True)
+    faults = plan(arguments.faults, arguments.seed)
+    verdict = disturbed(folder / "disturbed", faults, reference, seed=arguments.seed, replicas=arguments.replicas, say=say)
     (folder / "summary.json").write_text(json.dumps(verdict.summary(), indent=2) + "\n", encoding="utf-8")
     show(verdict, Console(width=130))
     return 1 if verdict.broken else 0
