@@ -154,7 +154,7 @@ def _strike(run: Run, fault: Fault) -> Blow | None:
 
 def _corrupt_snapshot(run: Run, fault: Fault) -> Blow | None:
     """All replicas are killed, so that the version stays the announced one until newcomers read it."""
-    if not all(map(run.can_suffer, run.replicas)):
+    if not all(map(run.can_suffer, (TRAINER, *run.replicas))):
         return None
     for name in run.replicas:
         run.wait_gone(name, run.kill(name))
@@ -171,8 +171,11 @@ def _corrupt_snapshot(run: Run, fault: Fault) -> Blow | None:
     head = store.head()
     assert head is not None
     flip_byte(store.folder(head) / head.files[0].name, fault.pick)
-    found = run.wait_for(lambda: len(run.events("snapshot_mended")) > mended, STRIKE_S)
-    return Blow(f"version {head.version}", found)
+    run.wait_for(lambda: len(run.events("snapshot_mended")) > mended or store.head() != head, STRIKE_S)
+    if len(run.events("snapshot_mended")) > mended:
+        return Blow(f"version {head.version}", True)
+    # Another version was announced before a replica read this one: to be tried again.
+    return None if store.head() != head else Blow(f"version {head.version}", False)
 
 
 def _tear_checkpoint(run: Run, fault: Fault) -> Blow | None:
