@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=3, help="of the run that suffers them (default: 3)")
     parser.add_argument("--dir", type=Path, default=RUNS, help=f"emptied first (default: {RUNS})")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what was started, too
     folder, steps = arguments.dir.resolve(), max(STEPS_A_FAULT * arguments.faults, FEWEST_STEPS)
     shutil.rmtree(folder, ignore_errors=True)
     print(f"undisturbed: {steps} steps with one replica", flush=True)

@@ -14,9 +14,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from mars_shared.contracts import PolicyVersion
 from mars_shared.http import bind
-from rollout_fixtures import ReplicaProcess, RunFolder, free_port, make_run_folder, stop_politely
+from mars_shared.weights import WeightsStore
+from mars_trainer.model import Policy
+from mars_trainer.publish import policy_tensors
+from rollout_fixtures import ReplicaProcess, RunFolder, free_port, make_run_folder, publish, stop_politely
 
 DEAD_URL = "redis://127.0.0.1:9/0"
 
@@ -88,51 +93,72 @@ def engine_process(replica: ReplicaProcess) -> psutil.Process | None:
 
 
 @dataclass
-class Trio:
-    """Three replicas that start together, each to be ended in its own way."""
+class Quartet:
+    """Four replicas of one run that start together, each to be ended in its own way."""
 
+    place: RunFolder
     killed: ReplicaProcess
     robbed: ReplicaProcess
     stopped: ReplicaProcess
+    interrupted: ReplicaProcess
 
 
 @pytest.fixture(scope="module")
-def trio(model_dir: Path, tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Trio]:
+def quartet(model_dir: Path, tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Quartet]:
     """Without any published version: they are ready with the base model's weights."""
-    place = make_run_folder(tmp_path_factory.mktemp("trio"), model_dir)
-    replicas = [ReplicaProcess(place, {"MARS_REDIS_URL": redis_url}, name) for name in ("killed", "robbed", "stopped")]
+    place = make_run_folder(tmp_path_factory.mktemp("quartet"), model_dir)
+    names = ("killed", "robbed", "stopped", "interrupted")
+    replicas = [ReplicaProcess(place, {"MARS_REDIS_URL": redis_url}, name) for name in names]
     try:
         for replica in replicas:
             replica.wait_ready()
-        yield Trio(*replicas)
+        yield Quartet(place, *replicas)
     finally:
         for replica in replicas:
             replica.end()
 
 
 @pytest.mark.engine
-def test_kill_9_leaves_no_process_of_the_replica(trio: Trio) -> None:
-    assert len(trio.killed.session()) >= 2, "the engine is a process of its own"
-    trio.killed.process.kill()
-    trio.killed.process.wait()
-    until_gone(trio.killed)
+def test_kill_9_leaves_no_process_of_the_replica(quartet: Quartet) -> None:
+    assert len(quartet.killed.session()) >= 2, "the engine is a process of its own"
+    quartet.killed.process.kill()
+    quartet.killed.process.wait()
+    until_gone(quartet.killed)
 
 
 @pytest.mark.engine
-def test_a_dead_engine_ends_its_replica_with_one_clear_error(trio: Trio) -> None:
-    engine = engine_process(trio.robbed)
+def test_a_dead_engine_ends_its_replica_with_one_clear_error(quartet: Quartet) -> None:
+    engine = engine_process(quartet.robbed)
     assert engine is not None
     engine.kill()
-    assert trio.robbed.process.wait(timeout=60) == 1
-    assert "mars_rollout: the engine died, so this replica ends" in trio.robbed.log
-    until_gone(trio.robbed)
+    assert quartet.robbed.process.wait(timeout=60) == 1
+    assert "mars_rollout: the engine died, so this replica ends" in quartet.robbed.log
+    until_gone(quartet.robbed)
 
 
 @pytest.mark.engine
-def test_sigterm_ends_a_replica_cleanly(trio: Trio) -> None:
-    assert stop_politely(trio.stopped.process) == 0
-    assert "Traceback" not in trio.stopped.log
-    until_gone(trio.stopped)
+def test_sigterm_ends_a_replica_cleanly(quartet: Quartet) -> None:
+    assert stop_politely(quartet.stopped.process) == 0
+    assert "Traceback" not in quartet.stopped.log
+    until_gone(quartet.stopped)
+
+
+@pytest.mark.engine
+def test_an_engine_that_dies_while_its_weights_change_ends_its_replica_too(
+    quartet: Quartet, trainer_policy: Policy, model_dir: Path
+) -> None:
+    """It is frozen first, so that the change is sent and never answered."""
+    engine = engine_process(quartet.interrupted)
+    assert engine is not None
+    engine.suspend()
+    tensors = policy_tensors(trainer_policy.model, torch.float32)
+    publish(WeightsStore(quartet.place.dir / "weights"), tensors, PolicyVersion(incarnation=1, step=1), model_dir)
+    time.sleep(2.0)
+    assert quartet.interrupted.process.poll() is None
+    engine.kill()
+    assert quartet.interrupted.process.wait(timeout=60) == 1
+    assert "mars_rollout: the engine died" in quartet.interrupted.log
+    until_gone(quartet.interrupted)
 
 
 @pytest.mark.engine

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chaos.inflict import hold_back, inflict
+from chaos.inflict import Blow, hold_back, inflict
 from chaos.plan import Fault, armed
 from chaos.run import Run, StalledError, observed_run
 from chaos.verdict import Outcome, Verdict, outcome_of
@@ -58,8 +58,9 @@ def disturbed(
 class Ordeal:
     """Inflicts a plan's faults one after another, spread over the run.
 
-    A fault comes when the run has come as far as its share of the faults, and has made progress
-    (a group was scored) since the last one; then its delay passes, so that it lands inside a step.
+    A fault comes when the run has come as far as its share of the faults, and has made progress (a group was
+    scored) since the last one; then a delay passes, so that it lands inside a step. It is the first of the plan
+    whose victim can suffer it: while one service starts again, others are hit.
     """
 
     faults: Sequence[Fault]
@@ -69,29 +70,30 @@ class Ordeal:
 
     def go_through(self, run: Run) -> None:
         """Until the run has finished, all faults come or not."""
-        before = run.progress
-        for number, fault in enumerate(self.faults):
-            due = number * max(run.recipe.train.steps - SPARE_STEPS, 1) // len(self.faults)
-
-            def is_time(due: int = due, before: object = before) -> bool:
-                return run.step > 0 and run.furthest_step >= due and run.progress != before
-
-            while not (run.finished or is_time()):
-                run.poll()
-            self._inflict(run, fault)
-            before = run.progress
+        waiting, before = list(self.faults), run.progress
         while not run.finished:
             run.poll()
+            if waiting and self._is_time(run, before) and (fault := self._inflict_one(run, waiting)):
+                waiting.remove(fault)
+                before = run.progress
 
-    def _inflict(self, run: Run, fault: Fault) -> None:
-        """As soon as its victim can suffer it."""
-        after = time.monotonic() + fault.delay_s
-        run.wait_for(lambda: time.monotonic() > after, 2 * fault.delay_s)
-        blow = None
-        while not run.finished and (blow := inflict(run, fault)) is None:
-            run.poll()
-        if blow is None:
-            return
+    def _is_time(self, run: Run, before: object) -> bool:
+        due = self.inflicted.total() * max(run.recipe.train.steps - SPARE_STEPS, 1) // len(self.faults)
+        return run.step > 0 and run.furthest_step >= due and run.progress != before
+
+    def _inflict_one(self, run: Run, waiting: Sequence[Fault]) -> Fault | None:
+        """The first that is possible; None if not one is, or the run ended meanwhile."""
+        after = time.monotonic() + waiting[0].delay_s
+        run.wait_for(lambda: time.monotonic() > after, 2 * waiting[0].delay_s)
+        for fault in waiting:
+            if run.finished:
+                return None
+            if blow := inflict(run, fault):
+                self._note(run, fault, blow)
+                return fault
+        return None
+
+    def _note(self, run: Run, fault: Fault, blow: Blow) -> None:
         self.inflicted[fault.kind] += 1
         self.effective[fault.kind] += blow.effective
         number = self.inflicted.total()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ WATCH_S = 0.5
 SWEEP_S = 300.0
 FINISH_S = 10.0
 """How long groups in hand may take to finish after a stop; then they are handed back."""
+
+LAST_WORDS_S = 20.0
+"""How long a replica whose engine died may take to hand back its groups and end."""
 
 
 class Replica:
@@ -144,7 +148,15 @@ class Replica:
 async def _watch(engine: Engine) -> None:
     while engine.alive:  # noqa: ASYNC110  # another process dies
         await asyncio.sleep(WATCH_S)
+    end_surely()
     raise NotReadyError("the engine died, so this replica ends; what the engine said last stands above")
+
+
+def end_surely() -> None:
+    """End this process after a while whatever happens: something may wait for the dead engine's answer."""
+    timer = threading.Timer(LAST_WORDS_S, os._exit, [1])
+    timer.daemon = True
+    timer.start()
 
 
 def _load_renderer(recipe: Recipe) -> PromptRenderer:

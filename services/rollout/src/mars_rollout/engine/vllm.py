@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm import SamplingParams, TokensPrompt
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -28,11 +28,15 @@ from mars_shared.errors import InputError, IntegrityError, NotReadyError
 from mars_shared.images import pixel_hash
 from mars_shared.settings import Recipe
 
+T = TypeVar("T")
+
 SERVED_NAME = "policy"
 MAX_CONCURRENT_SEQUENCES = 64
 """On CPU results are equal bit by bit in any batch up to this size."""
 SHUTDOWN_S = 2.0
 """How long the engine's processes may take to end before they are killed; they hold nothing durable."""
+DEATH_POLL_S = 0.5
+"""How often a call that waits for the engine's core looks whether that lives."""
 _URGENT, _ADHOC = 0, 1
 _OWN_PREFIX = "mars-"
 
@@ -85,6 +89,7 @@ class PolicyLLM(AsyncLLM):
         self._tag = f"0-{BASE_WEIGHTS_ID}"
         self._updates = count(1)
         self.engine_core.add_request_async = self._tagged(self.engine_core.add_request_async)
+        self.engine_core._call_utility_async = self._unless_dead(self.engine_core._call_utility_async)
 
     async def apply_snapshot(self, files: list[str], version: str, weights_id: str) -> None:
         """Change the weights between two forward passes; requests sent after this call carry the new tag."""
@@ -109,6 +114,28 @@ class PolicyLLM(AsyncLLM):
             await send(request)
 
         return send_tagged
+
+    def _unless_dead(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call_unless_dead(*arguments: Any, **options: Any) -> Any:
+            return await answer_or_death(call(*arguments, **options), lambda: self.errored)
+
+        return call_unless_dead
+
+
+async def answer_or_death(call: Awaitable[T], is_dead: Callable[[], bool]) -> T:
+    """What the engine's core answers; of calls that were under way when it died vLLM would wait for ever.
+
+    Raises:
+        EngineDeadError: the core died before it answered.
+    """
+    answering = asyncio.ensure_future(call)
+    try:
+        while not (await asyncio.wait({answering}, timeout=DEATH_POLL_S))[0]:
+            if is_dead():
+                raise EngineDeadError
+        return answering.result()
+    finally:
+        answering.cancel()
 
 
 class VllmEngine:
