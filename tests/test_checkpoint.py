@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from mars_shared.contracts import PolicyVersion
 from mars_shared.errors import CheckpointError, IntegrityError
-from mars_trainer.checkpoint import Checkpoint, CheckpointStore, Ledger, load_checkpoint
+from mars_trainer.checkpoint import Checkpoint, CheckpointStore, Ledger, load_checkpoint, model_identity
 
 MODEL = "a" * 64
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "hashes.json")
@@ -140,7 +140,7 @@ def test_checkpoints_of_another_model_or_run_are_named_and_the_one_before_them_t
         CheckpointStore(tmp_path / "checkpoints", keep=9).save(checkpoint(step, **fields))
     with caplog.at_level(logging.ERROR):
         assert newest(store).ledger.version.step == 10
-    assert "step_20: made for another model" in caplog.text and "step_30: belongs to run 'other'" in caplog.text
+    assert "step_20: began from another model" in caplog.text and "step_30: belongs to run 'other'" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["before the rename", "after it"])
@@ -178,7 +178,7 @@ def test_damaged_checkpoints_do_not_take_the_place_of_whole_ones(tmp_path: Path)
 def test_a_checkpoint_of_another_model_is_refused_with_what_to_do(store: CheckpointStore) -> None:
     store.save(checkpoint(1, model="b" * 64))
     with pytest.raises(
-        CheckpointError, match=r"step_1: made for another model \(configuration b{12}, this run's is a{12}\); use"
+        CheckpointError, match=r"step_1: began from another model \(configuration and weights b{12}, this run.s are a{12}\); use"
     ):
         store.load_newest(run="r", model=MODEL)
 
@@ -208,3 +208,26 @@ def test_what_a_killed_save_left_is_removed_when_the_run_goes_on(store: Checkpoi
     shutil.copytree(store.save(checkpoint(1)), tmp_path / "checkpoints" / ".staged-0123")
     CheckpointStore(tmp_path / "checkpoints", keep=2)
     assert steps_of(tmp_path) == {"step_1"}
+
+
+def test_a_model_is_another_one_as_soon_as_one_weight_differs(tmp_path: Path) -> None:
+    for name in ("model", "same", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights" if name != "other" else b"wEights")
+    model, same, other = (model_identity(tmp_path / name) for name in ("model", "same", "other"))
+    assert model == same != other
+    (tmp_path / "same" / "config.json").write_text('{"layers": 2}')
+    assert model_identity(tmp_path / "same") != model
+
+
+def test_a_checkpoint_under_another_step_s_name_is_refused_and_the_one_before_it_loads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    first, second = store.save(checkpoint(1)), store.save(checkpoint(2))
+    second.rename(second.with_name("step_26"))
+    loaded = CheckpointStore(tmp_path / "checkpoints", keep=3).load_newest(run="r", model=checkpoint(1).ledger.model)
+    assert loaded is not None and loaded.ledger.version.step == 1
+    assert "step_26: holds step 2" in caplog.text
+    assert first.is_dir()

@@ -13,6 +13,7 @@ from builders import V0, make_group, make_prompt
 from command_line import CommandLine, Done, command_line
 from mars_shared.contracts import Prompt, Purpose
 from mars_shared.errors import InputError
+from mars_shared.letters import FaultyRow
 from mars_shared.queue import Queue, Streams
 from mars_shared.server import EmbeddedValkey
 from mars_shared.telemetry import EventLog
@@ -203,10 +204,9 @@ def test_a_run_whose_redis_is_gone_shows_the_deaths_of_its_event_log(mars: Mars,
     log.write("dead", task_id="train-00000003", prompt_id="sample-3", reason="bad image: no PNG")
     log.write("step", step=1)
     log.write("dead", reason="row 7 cannot be opened")
-    with EmbeddedValkey(run_dir / "valkey") as own:
+    with EmbeddedValkey(run_dir / "valkey"):
         assert "no dead letters of" in mars("list", redis_url=None).stdout
-        port = own.port
-    for redis_url, why in ((None, f"no answer from Redis at 127.0.0.1:{port}"), ("redis://127.0.0.1:9/0", "at 127.0.0.1:9 ")):
+    for redis_url, why in ((None, "its Valkey neither"), ("redis://127.0.0.1:9/0", "at 127.0.0.1:9 ")):
         done = mars("list", "--json", redis_url=redis_url)
         assert done.returncode == 0 and why in done.stderr and "events.jsonl knows of deaths" in done.stderr
         rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -215,7 +215,7 @@ def test_a_run_whose_redis_is_gone_shows_the_deaths_of_its_event_log(mars: Mars,
             (None, "train-00000003", "sample-3", "bad image: no PNG"),
         ]
     retry = mars("retry", "all", redis_url=None)
-    assert retry.returncode == 1 and f"no answer from Redis at 127.0.0.1:{port}" in retry.stderr
+    assert retry.returncode == 1 and "its Valkey neither" in retry.stderr
     shutil.rmtree(run_dir / "valkey")
     gone = mars("drop", "all", redis_url=None)
     assert gone.returncode == 1 and "MARS_REDIS_URL is not set and there is no" in gone.stderr
@@ -235,3 +235,38 @@ def test_a_folder_that_tells_no_run_is_refused(mars: Mars, tmp_path: Path) -> No
     done = mars("list", run=tmp_path)
     assert done.returncode == 2 and f"{tmp_path}: no stack runs there" in done.stderr
     assert "name the run's recipe" in done.stderr
+
+
+async def test_a_row_that_never_became_a_prompt_is_named_and_not_asked_again(
+    patient_queue: Queue, streams: Streams, mars: Mars
+) -> None:
+    item = FaultyRow(dispatch_index=70, purpose="train").model_dump_json().encode()
+    await patient_queue.report_dead(streams.run, item, key="1/70", reason="InputError", detail="rows.jsonl line 4: no such image")
+    (row,) = [json.loads(line) for line in mars("list", "--json").stdout.splitlines()]
+    assert (row["purpose"], row["prompt_id"]) == ("train", "dispatch index 70")
+    assert row["reason"] == "InputError: rows.jsonl line 4: no such image"
+    shown = mars("show", row["id"]).stdout
+    assert "It never became a prompt: mend the row" in shown
+    refused = mars("retry", row["id"])
+    assert refused.returncode == 3 and "mend the row" in refused.stderr
+    assert await retried(patient_queue, streams) == []
+
+
+async def test_ids_stay_whole_in_the_table_wherever_it_is_printed(patient_queue: Queue, streams: Streams, mars: Mars) -> None:
+    _, letter = await bury_prompt(patient_queue, streams, 3)
+    assert letter in mars("list").stdout
+
+
+def test_what_is_neither_folder_nor_recipe_is_said(mars: Mars, tmp_path: Path) -> None:
+    (tmp_path / "rew.py").write_text("")
+    refused = mars("list", run=tmp_path / "rew.py")
+    assert refused.returncode == 2
+    assert "is neither a run's folder nor a TOML recipe" in refused.stderr
+
+
+def test_letters_of_a_run_that_has_ended_wait_for_its_next_start(mars: Mars, run_dir: Path) -> None:
+    valkey = EmbeddedValkey(run_dir / "valkey")
+    valkey.write_config()
+    refused = mars("drop", "all", redis_url=None)
+    assert refused.returncode == 1
+    assert "`mars up` with the run's recipe brings them back" in refused.stderr

@@ -30,7 +30,8 @@ from mars_shared.telemetry import read_events
 ROOT = Path(__file__).resolve().parents[2]
 LEASE_S = 4.0
 STALL_S = 300.0
-"""Without any progress for so long, a run counts as hanging."""
+"""Without any progress for so long, a run counts as hanging; START_S before its first step, since engines start slowly."""
+START_S = 1200.0
 FEWEST_FREE_DEATHS = 5
 """Deaths that are left to a service's own misfortune before the supervisor gives it up."""
 RUN_VARIABLE = "MARS_CHAOS_RUN"
@@ -136,8 +137,8 @@ class Run:
         progress, now = self.progress, time.monotonic()
         if progress != self._last_progress[0]:
             self._last_progress = (progress, now)
-        elif now - self._last_progress[1] > STALL_S:
-            raise StalledError(f"no progress for {STALL_S:g} s at step {self.step}; the logs are in {self.folder / 'logs'}")
+        elif now - self._last_progress[1] > (limit_s := STALL_S if self.step else START_S):
+            raise StalledError(f"no progress for {limit_s:g} s at step {self.step}; the logs are in {self.folder / 'logs'}")
         time.sleep(POLL_S)
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:

@@ -29,7 +29,9 @@ from mars_shared.telemetry import read_events
 from mars_shared.weights import WeightsStore
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
-console = Console()
+WIDTH = 160
+"""Of tables where no terminal says how wide it is."""
+console = Console() if Console().is_terminal else Console(width=WIDTH)
 errors = Console(stderr=True)
 
 ALL = "all"
@@ -84,7 +86,7 @@ def list_letters(
     except QueueUnavailableError as error:
         if not run.events.exists():
             raise
-        _say_error(f"{error}. Dead letters went with it or wait for it; this is what {run.events} knows of deaths")
+        _say_error(f"{error}. This is what {run.events} knows of deaths")
         rows = [_event_row(event) for event in reversed(read_events(run.events, "dead"))]
         rows, total = rows[:limit], len(rows)
     if as_json:
@@ -131,6 +133,8 @@ def _find_run(path: Path | None) -> Run:
     if path is not None and path.suffix == ".toml":
         recipe = load_recipe(path)
         return Run(recipe.run.name, recipe.run.dir)
+    if path is not None and not path.is_dir():
+        raise ConfigError(f"{path} is neither a run's folder nor a TOML recipe")
     if path is None or read_state(path):
         folder, state = find_stack(path)
         return Run(state.run, folder)
@@ -145,6 +149,13 @@ async def _open(run: Run) -> AsyncIterator[Queue]:
     queue = Queue(run.redis_url())
     try:
         yield queue
+    except QueueUnavailableError as error:
+        if "MARS_REDIS_URL" in os.environ or read_state(run.folder):
+            raise
+        raise QueueUnavailableError(
+            f"nothing runs in {run.folder}, its Valkey neither, which keeps the dead letters; `mars up` with the run's recipe "
+            "brings them back, after the last step too"
+        ) from error
     finally:
         await queue.close()
 
@@ -198,9 +209,14 @@ def _checked(ids: list[str]) -> list[str]:
 
 
 def _row(letter: Letter) -> dict[str, Any]:
-    prompt = letter.prompt
-    about = (prompt.purpose.value, prompt.task_id, prompt.prompt_id) if prompt else (None, None, None)
-    values = (letter.id, letter.raw.time_s, *about, letter.stage, letter.raw.attempt, letter.raw.reason)
+    prompt, row = letter.prompt, letter.faulty_row
+    about: tuple[str | None, ...] = (None, None, None)
+    if prompt is not None:
+        about = (prompt.purpose.value, prompt.task_id, prompt.prompt_id)
+    elif row is not None:
+        about = (row.purpose, None, f"dispatch index {row.dispatch_index}")
+    reason = letter.raw.reason if row is None else f"{letter.raw.reason}: {letter.raw.detail}"
+    values = (letter.id, letter.raw.time_s, *about, letter.stage, letter.raw.attempt, reason)
     return dict(zip(COLUMNS, values, strict=True))
 
 
@@ -216,7 +232,8 @@ def _print_table(run: Run, rows: list[dict[str, Any]], total: int) -> None:
     shown = f"{len(rows)} of {total}, --limit shows more" if len(rows) < total else str(total)
     table = Table(title=f"dead letters of {run.name} ({shown})")
     for column in COLUMNS:
-        table.add_column(column.replace("_", " "), overflow="fold")
+        whole = column in ("id", "time", "stage")
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=whole, min_width=24 if column == "reason" else None)
     for row in rows:
         cells = {**row, "time": _clock(row["time"])}
         table.add_row(*(Text("-" if cells[column] is None else str(cells[column])) for column in COLUMNS))
@@ -228,6 +245,8 @@ def _description(letter: Letter) -> list[str]:
     values = {**_row(letter), "time": _clock(raw.time_s)}
     lines = [f"{column.replace('_', ' ')}: {value}" for column, value in values.items()]
     lines += ["detail:", raw.detail]
+    if letter.faulty_row is not None:
+        return [*lines, "It never became a prompt: mend the row, and it is asked again in its next epoch."]
     if letter.prompt is None:
         return [*lines, "item, which cannot be read:", raw.payload.decode(errors="backslashreplace")]
     lines += ["prompt:", letter.prompt.model_dump_json(indent=2)]

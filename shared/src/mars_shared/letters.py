@@ -8,8 +8,16 @@ from functools import cached_property
 from pydantic import ValidationError
 
 from mars_shared.contracts import Prompt, Purpose, RolloutGroup
+from mars_shared.contracts.base import Contract
 from mars_shared.errors import InputError
 from mars_shared.queue import DeadLetter, Streams
+
+
+class FaultyRow(Contract):
+    """A row of the data that never became a prompt; the letter's detail names file, row and field."""
+
+    dispatch_index: int
+    purpose: str
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,24 @@ class Letter:
         """The prompt that was given up, or whose group was; None if it cannot be read."""
         return self.item.prompt if isinstance(self.item, RolloutGroup) else self.item
 
+    @cached_property
+    def faulty_row(self) -> FaultyRow | None:
+        """The row that it is about, if it never became a prompt."""
+        if self.stage != "dead":
+            return None
+        try:
+            return FaultyRow.model_validate_json(self.raw.payload)
+        except ValidationError:
+            return None
+
     def obstacle(self) -> str | None:
         """Why it cannot be tried again; None if it can."""
         prompt = self.prompt
+        if self.faulty_row is not None:
+            return (
+                f"dead letter {self.id}: its row never became a prompt ({self.raw.detail}); mend the row, and it is asked again "
+                "in its next epoch; `mars dead drop` removes the letter"
+            )
         if prompt is None:
             return (
                 f"dead letter {self.id}: its item cannot be read, so there is no prompt to ask again; `mars dead drop` removes it"

@@ -57,7 +57,7 @@ class RunDisplay:
             case "evaluation" | "evaluated":
                 self.say(_evaluation_line(event))
             case "dead":
-                self.say(f"dead letter: {event.get('prompt_id', '')} {event['reason']}")
+                self.say(" ".join(filter(None, ("dead letter:", event.get("prompt_id"), event["reason"]))))
             case "short":
                 self.say(f"step {event['step']} trains on {event['kept']} of {event['wanted']} groups: {_lacking(event)}")
             case "skipped":

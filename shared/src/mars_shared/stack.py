@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from mars_shared.supervisor import Service, Supervisor
 
 TRAINER = "trainer"
 STATE_FILE = "stack.json"
+LOCK_FILE = "stack.lock"
 
 
 @dataclass(frozen=True)
@@ -167,15 +169,41 @@ def running_stack(
     Without MARS_REDIS_URL in the environment an embedded Valkey is started in run.dir/valkey.
 
     Raises:
-        ConfigError, QueueUnavailableError: as `check_start`.
+        ConfigError, QueueUnavailableError: as `check_start`; another stack works on this run.
 
     Args:
         trainer: "once" ends after the last step, "linger" serves on, "evaluate" evaluates the newest policy and ends.
     """
-    deployment = check_start(recipe, ports)
+    with only_stack(recipe.run.dir):
+        deployment = check_start(recipe, ports)
+        with _services(recipe_path, recipe, deployment, ports, trainer, say) as stack:
+            yield stack
+
+
+@contextmanager
+def only_stack(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder's lock, a file lock, so that it ends with the process.
+
+    Raises:
+        ConfigError: another stack works on this run.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK_FILE).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another `mars up`, `train` or `eval` works on {run_dir}; stop it (`mars status` shows it), or choose another run.dir"
+            ) from error
+        yield
+
+
+@contextmanager
+def _services(
+    recipe_path: Path, recipe: Recipe, deployment: Deployment, ports: Ports, trainer: TrainerMode, say: Callable[[str], None]
+) -> Iterator[Stack]:
     run_dir = recipe.run.dir
     log_dir = run_dir / "logs"
-    run_dir.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ) | {"MARS_REWARD_URL": service_url(deployment.host, ports.reward)}
     valkey = None
     if "MARS_REDIS_URL" not in os.environ:

@@ -21,9 +21,9 @@ from mars_shared.model_folder import check_model_folder
 from mars_shared.queue import Queue
 from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
 from mars_shared.telemetry import EventLog, configure_logging
-from mars_shared.weights import WeightsStore, model_fingerprint
+from mars_shared.weights import WeightsStore
 from mars_trainer.app import build_app
-from mars_trainer.checkpoint import CheckpointStore, Ledger
+from mars_trainer.checkpoint import CheckpointStore, Ledger, model_identity
 from mars_trainer.datasets import RunData, open_data, open_held_out
 from mars_trainer.dispatch import PromptMaker
 from mars_trainer.exchange import Exchange, trainer_queue
@@ -117,15 +117,15 @@ def build_run(recipe: Recipe, queue: Queue, data: RunData, *, newest_incarnation
     weights.sweep()
     checkpoints = CheckpointStore(recipe.run.dir / "checkpoints", keep=recipe.train.keep_checkpoints)
     check_model_folder(recipe.model.path)
-    fingerprint = model_fingerprint(recipe.model.path)
-    newest = checkpoints.load_newest(run=recipe.run.name, model=fingerprint)
+    identity = model_identity(recipe.model.path)
+    newest = checkpoints.load_newest(run=recipe.run.name, model=identity)
     learner = Learner(recipe, blobs)
     head = weights.head()
     on_disk = max(newest.ledger.version.incarnation if newest else 0, head.version.incarnation if head else 0)
     incarnation = 1 + max(on_disk, newest_incarnation)
     version = PolicyVersion(incarnation=incarnation, step=newest.ledger.version.step if newest else 0)
     if newest is None:
-        ledger = Ledger(run=recipe.run.name, model=fingerprint, version=version, next_dispatch_index=0, consumed=())
+        ledger = Ledger(run=recipe.run.name, model=identity, version=version, next_dispatch_index=0, consumed=())
     else:
         ledger = newest.ledger.model_copy(update={"version": version})
         learner.restore(newest.model, newest.optimizer, version.step)

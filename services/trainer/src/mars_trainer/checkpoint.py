@@ -3,7 +3,7 @@
 step_40/
   model.safetensors        fp32 master weights
   optimizer.safetensors    AdamW moments and step counts, by parameter name; RNG state
-  state.json               ledger: step, dispatch index, consumed groups, model fingerprint
+  state.json               ledger: step, dispatch index, consumed groups, model identity
   hashes.json              size and blake3 of the other files, written last
 """
 
@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
@@ -26,7 +27,7 @@ from mars_shared.contracts import Message, PolicyVersion, Prompt, WeightFile
 from mars_shared.errors import CheckpointError, IntegrityError
 from mars_shared.faults import fault
 from mars_shared.files import fsync_path, write_atomic
-from mars_shared.weights import describe_file
+from mars_shared.weights import describe_file, model_fingerprint
 from mars_trainer.tensors import save_tensors
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Ledger(Message):
     """What a run has done: with the tensors beside it, all that a restart needs."""
 
     run: str
-    model: str = Field(description="fingerprint of the model configuration")
+    model: str = Field(description="identity of the model that the run began from")
     version: PolicyVersion
     next_dispatch_index: int = Field(ge=0)
     consumed: tuple[tuple[int, ...], ...] = Field(description="dispatch indices trained on, step by step, in order")
@@ -177,11 +178,20 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
+def model_identity(folder: Path) -> str:
+    """Hash of a model folder's configuration and weights: what a run began from, and its KL reference."""
+    files = sorted(folder.glob("*.safetensors"))
+    parts = [model_fingerprint(folder), *(f"{file.name} {describe_file(file).blake3}" for file in files)]
+    return sha256("\n".join(parts).encode()).hexdigest()
+
+
 def _check_belongs(ledger: Ledger, folder: Path, *, run: str, model: str) -> None:
     if ledger.model != model:
         raise CheckpointError(
-            f"{folder}: made for another model (configuration {ledger.model[:12]}, this run's is {model[:12]}); "
-            "use the model it was made with, or another run.dir"
+            f"{folder}: began from another model (configuration and weights {ledger.model[:12]}, this run's are {model[:12]}); "
+            "use the model it began from, or another run.dir"
         )
+    if folder.name != f"step_{ledger.version.step}":
+        raise CheckpointError(f"{folder}: holds step {ledger.version.step}; give it its own name, or move it away")
     if ledger.run != run:
         raise CheckpointError(f"{folder}: belongs to run {ledger.run!r}, not {run!r}; choose another run.dir")

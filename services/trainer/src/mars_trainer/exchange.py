@@ -7,7 +7,6 @@ is noticed by comparing both and asked again; a late second answer is dropped.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import time
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 from mars_shared.contracts import Prompt, Purpose, RolloutGroup, ScoredGroup
 from mars_shared.errors import InputError, QueueUnavailableError
 from mars_shared.faults import fault
+from mars_shared.letters import FaultyRow
 from mars_shared.patience import patiently
 from mars_shared.queue import Claim, DeadLetter, PutResult, Queue, Streams
 
@@ -163,7 +163,7 @@ class Exchange:
 
     async def report_dead(self, dispatch_index: int, error: InputError) -> None:
         """Note a sample among the dead letters that could not become a prompt."""
-        item = json.dumps({"dispatch_index": dispatch_index, "purpose": self.purpose.value}).encode()
+        item = FaultyRow(dispatch_index=dispatch_index, purpose=self.purpose.value).model_dump_json().encode()
         key, reason = f"{self.incarnation}/{dispatch_index}", type(error).__name__
         await patiently(lambda: self.queue.report_dead(self.run, item, key=key, reason=reason, detail=str(error)))
 
@@ -193,7 +193,11 @@ class Exchange:
 
     def _say_full(self, waiting: int) -> None:
         if not self._full:
-            logger.warning("Redis takes no more prompts at the moment; %d wait", waiting)
+            logger.warning(
+                "Redis takes no more prompts at the moment, %d wait: it is at its maxmemory (raise it if this lasts), or full of "
+                "groups that wait for a checkpoint",
+                waiting,
+            )
         self._full = True
 
     async def _put(self, prompt: Prompt) -> PutResult:
