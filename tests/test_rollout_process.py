@@ -153,7 +153,7 @@ def test_an_engine_that_dies_while_its_weights_change_ends_its_replica_too(
     engine.suspend()
     tensors = policy_tensors(trainer_policy.model, torch.float32)
     publish(WeightsStore(quartet.place.dir / "weights"), tensors, PolicyVersion(incarnation=1, step=1), model_dir)
-    time.sleep(2.0)
+    time.sleep(2.0)  # ten looks at HEAD: nothing outside the replica tells when the change was sent
     assert quartet.interrupted.process.poll() is None
     engine.kill()
     assert quartet.interrupted.process.wait(timeout=60) == 1

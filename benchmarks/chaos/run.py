@@ -30,8 +30,9 @@ from mars_shared.telemetry import read_events
 ROOT = Path(__file__).resolve().parents[2]
 LEASE_S = 4.0
 STALL_S = 300.0
-"""Without any progress for so long, a run counts as hanging; START_S before its first step, since engines start slowly."""
+"""Without any progress for so long, a run counts as hanging."""
 START_S = 1200.0
+"""The same before its first step: engines start slowly."""
 FEWEST_FREE_DEATHS = 5
 """Deaths that are left to a service's own misfortune before the supervisor gives it up."""
 RUN_VARIABLE = "MARS_CHAOS_RUN"

@@ -246,7 +246,7 @@ def _description(letter: Letter) -> list[str]:
     lines = [f"{column.replace('_', ' ')}: {value}" for column, value in values.items()]
     lines += ["detail:", raw.detail]
     if letter.faulty_row is not None:
-        return [*lines, "It never became a prompt: mend the row, and it is asked again in its next epoch."]
+        return [*lines, "It never became a prompt: mend the row and start the run again; the row's next epoch asks it."]
     if letter.prompt is None:
         return [*lines, "item, which cannot be read:", raw.payload.decode(errors="backslashreplace")]
     lines += ["prompt:", letter.prompt.model_dump_json(indent=2)]

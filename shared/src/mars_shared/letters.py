@@ -71,8 +71,8 @@ class Letter:
         prompt = self.prompt
         if self.faulty_row is not None:
             return (
-                f"dead letter {self.id}: its row never became a prompt ({self.raw.detail}); mend the row, and it is asked again "
-                "in its next epoch; `mars dead drop` removes the letter"
+                f"dead letter {self.id}: its row never became a prompt ({self.raw.detail}); mend the row and start the run "
+                "again, then its next epoch asks it; `mars dead drop` removes the letter"
             )
         if prompt is None:
             return (
