@@ -7,7 +7,7 @@ FAULTS ?= 50
 PORT ?= 8100
 
 # MARS_STACK=cpu or cuda chooses the stack.
-.PHONY: help setup demo test chaos verify warm-start clean
+.PHONY: help setup demo test chaos verify bench-weights warm-start clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -34,6 +34,9 @@ verify: setup ## long checks, hours: the demo's promises; every fault point; one
 	@.venv/bin/python benchmarks/verify_chaos.py --faults 50
 	@.venv/bin/python benchmarks/commit_cost.py
 	@.venv/bin/python benchmarks/verify_algorithms.py
+
+bench-weights: setup ## what it takes to send changed weights, against other ways; writes benchmarks/results/weights.json (about half an hour)
+	@.venv/bin/python benchmarks/bench_weights.py
 
 warm-start: setup ## make models/tiny again from nothing (about 13 minutes on two cores)
 	@.venv/bin/mars sft --out models/tiny

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import defaultdict
@@ -48,6 +49,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
         for row in [{name: name for name in widths}, *rows]:
             terminalreporter.write_line("  ".join(row[name].ljust(width) for name, width in widths.items()))
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_logged() -> None:
+    """vLLM raises the root logger's level for the rest of the process."""
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -100,6 +100,7 @@ class Pupil:
     def __init__(self) -> None:
         self.steps: list[list[int]] = []
         self.model = None
+        self.before_update: Callable[[], None] = lambda: None
 
     def step(self, groups: Sequence[ScoredGroup], credits: Sequence[Credit]) -> dict[str, float]:
         self.steps.append([scored.group.prompt.dispatch_index for scored in groups])
@@ -120,14 +121,24 @@ class Shelf:
     def __init__(self) -> None:
         self.checkpoints: list[Checkpoint] = []
         self.versions: list[PolicyVersion] = []
+        self.mended = False
 
     def save(self, checkpoint: Checkpoint) -> None:
         self.checkpoints.append(checkpoint)
 
-    def publish(self, model: object, version: PolicyVersion) -> None:
-        self.versions.append(version)
+    def encode(self, model: object, version: PolicyVersion) -> None:
+        self._encoded = version
 
-    def is_damaged(self) -> bool:
+    def announce(self) -> None:
+        self.versions.append(self._encoded)
+
+    def upload(self) -> None:
+        """Nowhere."""
+
+    def mend(self) -> None:
+        self.mended = True
+
+    def needs_snapshot(self) -> bool:
         return False
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from mars_rollout.engine.base import BASE_VERSION, BASE_WEIGHTS_ID, EngineAnswer, EngineCompletion, EngineRequest
-from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
+from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightIdentity
 from mars_shared.errors import NotReadyError
 
 IMAGE_TOKEN = 5
@@ -46,10 +47,14 @@ class ScriptedEngine:
         finally:
             self.running -= 1
 
-    async def update(self, manifest: WeightManifest, folder: Path) -> None:
+    async def update(self, weights: WeightIdentity, files: Sequence[Path]) -> dict[str, float]:
         self.running_at_update.append(self.running)
-        self.version, self.weights_id = manifest.version, manifest.weights_id
-        self.updates.append(manifest.version)
+        self.version, self.weights_id = weights.version, weights.weights_id
+        self.updates.append(weights.version)
+        return {}
+
+    async def compare(self, files: Sequence[Path]) -> None:
+        """Whatever is in the files."""
 
     async def until_running(self, count: int) -> None:
         """Return once that many requests wait for an answer."""

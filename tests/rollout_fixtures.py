@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -28,6 +29,8 @@ from safetensors.torch import save_file
 
 from mars_rollout.engine.environment import configure_environment
 from mars_rollout.group import GroupMaker
+from mars_rollout.policy import Policy as RolloutPolicy
+from mars_rollout.pull import Puller
 from mars_rollout.render import PromptRenderer
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import (
@@ -38,14 +41,18 @@ from mars_shared.contracts import (
     SamplingSpec,
     Source,
     TextTruth,
+    WeightIdentity,
     WeightManifest,
+    WeightsKind,
 )
 from mars_shared.server import EmbeddedValkey
 from mars_shared.settings import DataSection, DatasetName, Recipe, load_recipe
 from mars_shared.weights import WeightsStore, model_fingerprint
+from mars_shared.weights.bits.sums import ModelSums
+from mars_shared.weights.source import VolumeSource
 from mars_trainer.model import Policy as TrainerPolicy
 from mars_trainer.model import load_policy
-from mars_trainer.publish import policy_tensors
+from mars_trainer.publish import bits_of, policy_tensors
 from mars_trainer.tiny import write_tiny
 
 RUN = "rollout-test"
@@ -83,8 +90,8 @@ class History:
     manifests: list[WeightManifest]
     tensors: list[dict[str, torch.Tensor]]
 
-    def folder(self, index: int) -> Path:
-        return self.store.verify(self.manifests[index])
+    def files(self, index: int) -> list[Path]:
+        return [self.store.verify(self.manifests[index]) / "model.safetensors"]
 
 
 @dataclass
@@ -175,7 +182,7 @@ def make_run_folder(folder: Path, model: Path) -> RunFolder:
 def history(model_dir: Path, run_folder: RunFolder) -> History:
     store = WeightsStore(run_folder.dir / "weights")
     history = History(store, [], [])
-    tensors = policy_tensors(load_policy(model_dir).model, torch.float32)
+    tensors = dict(policy_tensors(load_policy(model_dir).model, torch.float32))
     for step in range(1, VERSIONS + 1):
         tensors = perturbed(tensors, seed=step, vision_only=step % 2 == 1)
         history.tensors.append(tensors)
@@ -184,9 +191,24 @@ def history(model_dir: Path, run_folder: RunFolder) -> History:
 
 
 def publish(store: WeightsStore, tensors: dict[str, torch.Tensor], version: PolicyVersion, model: Path) -> WeightManifest:
+    """A snapshot of that version, announced."""
     staged = store.stage()
     save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
-    return store.publish(staged, run=RUN, version=version, model=model_fingerprint(model), dtype="float32")
+    return store.publish(staged, identity=identity_of_tensors(tensors, version, model), kind=WeightsKind.SNAPSHOT)
+
+
+def identity_of_tensors(tensors: dict[str, torch.Tensor], version: PolicyVersion, model: Path) -> WeightIdentity:
+    sums = ModelSums()
+    for name, tensor in tensors.items():
+        sums.add(name, "float32", tuple(tensor.shape), bits_of(tensor))
+    return WeightIdentity(run=RUN, version=version, model=model_fingerprint(model), dtype="float32", checksum=sums.checksum)
+
+
+def policy_at(engine: Any, store: WeightsStore, model: Path, scratch: Path, **options: Any) -> RolloutPolicy:
+    """A replica's policy that reads that store."""
+    source = VolumeSource(store.root)
+    puller = Puller(source, "replica-0", scratch, verify="full")
+    return RolloutPolicy(engine, source, puller, model, **{"in_flight": "drain"} | options)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

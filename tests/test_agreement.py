@@ -53,7 +53,7 @@ async def test_logprobs_agree_at_every_version_of_a_history(
     prompt = adhoc(make_prompt(run_folder.blobs))
     differences, groups = [], []
     for index, manifest in enumerate(history.manifests[:4]):
-        await engine.update(manifest, history.folder(index))
+        await engine.update(manifest, history.files(index))
         load(trainer_policy, history.tensors[index])
         group = await maker.make(prompt)
         assert group.policy_version == manifest.version
@@ -69,7 +69,7 @@ async def test_logprobs_agree_at_every_version_of_a_history(
 async def test_both_mono_views_agree(
     view: View, engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History, trainer_policy: Policy
 ) -> None:
-    await engine.update(history.manifests[3], history.folder(3))
+    await engine.update(history.manifests[3], history.files(3))
     load(trainer_policy, history.tensors[3])
     prompt = adhoc(make_prompt(run_folder.blobs))
     prompt = prompt.model_copy(update={"sampling": prompt.sampling.model_copy(update={"mono_view": view, "temperature": 0.7})})
@@ -80,7 +80,7 @@ async def test_sampled_placeholder_tokens_survive_and_agree(
     engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History, trainer_policy: Policy
 ) -> None:
     """4096 tokens of an almost uniform policy over some 730 tokens hold some image placeholders."""
-    await engine.update(history.manifests[0], history.folder(0))
+    await engine.update(history.manifests[0], history.files(0))
     load(trainer_policy, history.tensors[0])
     prompt = adhoc(make_prompt(run_folder.blobs))
     sampling = prompt.sampling.model_copy(update={"num_generations": 64, "num_mono": 0, "max_completion_length": 64})
@@ -95,7 +95,7 @@ async def test_a_wrong_weight_is_noticed(
     engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History, trainer_policy: Policy
 ) -> None:
     """The comparison itself fails when the trainer holds another vision tower than the sampler."""
-    await engine.update(history.manifests[1], history.folder(1))
+    await engine.update(history.manifests[1], history.files(1))
     load(trainer_policy, history.tensors[2])
     assert largest_difference(trainer_policy, await maker.make(adhoc(make_prompt(run_folder.blobs)))) > BOUND
 
@@ -104,7 +104,7 @@ async def test_a_probe_passes_the_self_test_and_another_processor_fails_it(
     engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History
 ) -> None:
     """The engine has seen the images before: what it hashes for a probe is preprocessed anew, and the trainer's to the bit."""
-    await engine.update(history.manifests[3], history.folder(3))
+    await engine.update(history.manifests[3], history.files(3))
     prompt = make_prompt(run_folder.blobs, policy_version=history.manifests[3].version)
     await maker.make(prompt)
     group = await maker.make(prompt.model_copy(update={"purpose": Purpose.PROBE}))

@@ -25,6 +25,7 @@ from mars_shared.contracts import (
     Source,
     VersionSpan,
     WeightFile,
+    WeightIdentity,
     WeightManifest,
     expected_members,
     sampling_seed,
@@ -40,7 +41,12 @@ def changed(model: BaseModel, **updates: Any) -> Any:
 
 def manifest(**updates: Any) -> WeightManifest:
     file = WeightFile(name="model.safetensors", size_bytes=3, blake3=HASH)
-    return WeightManifest(**{"run": "r", "version": V0, "model": "m", "dtype": "float32", "files": (file,)} | updates)
+    values = {"run": "r", "version": V0, "model": "m", "dtype": "float32", "checksum": HASH, "kind": "snapshot", "files": (file,)}
+    return WeightManifest(**values | updates)
+
+
+def identity(**updates: Any) -> WeightIdentity:
+    return WeightIdentity(**{"run": "r", "version": V0, "model": "m", "dtype": "float32", "checksum": HASH} | updates)
 
 
 def test_a_message_survives_the_way_through_json() -> None:
@@ -269,9 +275,31 @@ def test_seeds_have_31_bits(run_seed: int, prompt_id: str, epoch: int) -> None:
 def test_the_identity_of_weights_is_their_content() -> None:
     first, again = manifest(), WeightManifest.model_validate_json(manifest().model_dump_json())
     assert first.weights_id == again.weights_id
-    other_file = WeightFile(name="model.safetensors", size_bytes=3, blake3="cd" * 32)
-    changes = (manifest(version=PolicyVersion(incarnation=2, step=0)), manifest(model="n"), manifest(files=(other_file,)))
+    changes = (manifest(version=PolicyVersion(incarnation=2, step=0)), manifest(model="n"), manifest(checksum="cd" * 32))
     assert len({first.weights_id, *(item.weights_id for item in changes)}) == 4
+
+
+def test_the_same_weights_are_the_same_by_whichever_way_they_are_reached() -> None:
+    base = identity(version=PolicyVersion(incarnation=1, step=3), checksum="cd" * 32)
+    delta = manifest(kind="delta", base=base, files=(WeightFile(name="delta.mars", size_bytes=1, blake3="ef" * 32),))
+    assert delta.weights_id == manifest().weights_id == identity().weights_id != base.weights_id
+    assert delta.folder_name != manifest().folder_name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "delta"},
+        {"base": identity()},
+        {"invertible": True},
+        {"kind": "delta", "base": identity(model="n")},
+        {"kind": "delta", "base": identity(dtype="bfloat16")},
+    ],
+    ids=["delta without base", "snapshot with base", "invertible snapshot", "base of another model", "base of another dtype"],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="base|nothing"):
+        manifest(**changes)
 
 
 @pytest.mark.parametrize("name", ["../HEAD", "a/b", "", "/etc/passwd"])

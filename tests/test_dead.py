@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import V0, make_group, make_prompt
+from builders import make_group, make_prompt
 from command_line import CommandLine, Done, command_line
 from mars_shared.contracts import Prompt, Purpose
 from mars_shared.errors import InputError
@@ -18,6 +18,7 @@ from mars_shared.queue import Queue, Streams
 from mars_shared.server import EmbeddedValkey
 from mars_shared.telemetry import EventLog
 from mars_shared.weights import WeightsStore
+from weights_builders import publish_snapshot, weights
 
 __all__ = ["command_line"]
 TRACEBACK = "Traceback (most recent call last):\n  File x.py, line 3\nValueError: [bold] no"
@@ -27,10 +28,7 @@ Mars = Callable[..., Done]
 @pytest.fixture
 def run_dir(tmp_path: Path, run_name: str) -> Path:
     """A run's folder, where published weights tell its name."""
-    store = WeightsStore(tmp_path / "run" / "weights")
-    staged = store.stage()
-    (staged / "model.safetensors").write_bytes(b"weights")
-    store.publish(staged, run=run_name, version=V0, model="m", dtype="float32")
+    publish_snapshot(WeightsStore(tmp_path / "run" / "weights"), weights(0, run=run_name))
     return tmp_path / "run"
 
 

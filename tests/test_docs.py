@@ -24,6 +24,7 @@ from mars_rollout.app import build_app as rollout_app
 from mars_shared.cli import app as command_line
 from mars_shared.contracts import PolicyVersion, ScoredGroup, VersionSpan
 from mars_shared.settings import Deployment, TrainSection
+from mars_shared.weights import WeightsStore
 from mars_trainer.app import build_app as trainer_app
 from mars_trainer.batch import Batch
 from mars_trainer.credit import credit
@@ -142,14 +143,16 @@ def openai_routes() -> set[str]:
     return set(ast.literal_eval(values[0].args[0]))
 
 
-def test_every_route_is_documented_and_every_documented_route_exists(clean_environment: pytest.MonkeyPatch) -> None:
+def test_every_route_is_documented_and_every_documented_route_exists(
+    clean_environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     stage: Any = None
     progress = Progress(run="test", steps=1, version=PolicyVersion(incarnation=1, step=0))
     apps = (
         reward_app(Deployment(), recipe="paper", ready=lambda: None),
         rollout_app(Deployment(), stage, ready=lambda: None),
-        trainer_app(Deployment(), progress),
+        trainer_app(Deployment(), progress, WeightsStore(tmp_path)),
     )
     assert set(re.findall(r"^### `(\w+ /\S+)`$", text, re.M)) == {route for app in apps for route in routes_of(app)}
     openai = text.partition("### vLLM's OpenAI routes")[2].partition("## Reward service")[0]

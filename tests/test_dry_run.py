@@ -91,10 +91,12 @@ def test_memory_by_hand(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["trainer", "AdamW state"] == 8 and found["trainer", "reference policy, for the KL"] == 4  # beta is 0.002
     # 17 values of 2 bytes, 2 layers, 1024 hidden units, 1024 tokens.
     assert found["trainer", "activations of 1024 tokens"] * GIB == 17 * 2 * 2 * 1024 * 1024
+    assert found["trainer", "copy of the published weights"] == 2
+    assert found["each replica", "copy of the weights, in the host's memory or on disk"] == 2
     assert found["each replica", "weights"] == 2 and found["each replica", "key-value cache, as rollout.kv_cache_mib says"] == 2
-    # keep_checkpoints = 2 of 4 + 8 bytes a parameter, keep_snapshots = 4 of 2; of each one more while it is written.
+    # keep_checkpoints = 2 of 4 + 8 bytes a parameter, keep_snapshots = 2 of 2; of each one more while it is written.
     assert found["disk", "2 checkpoints, and the next while it is written"] == 3 * 12
-    assert found["disk", "4 snapshots, and the next while it is written"] == 5 * 2
+    assert found["disk", "2 snapshots, and the next while it is written"] == 3 * 2
 
 
 def test_a_models_shape_comes_from_its_files(root: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import resource
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +18,8 @@ from torch import nn
 
 from builders import make_group, make_prompt
 from loop_doubles import Pupil, Replies, Shelf, make_run
-from mars_rollout.policy import Policy
 from mars_shared import faults
-from mars_shared.contracts import PolicyVersion, Prompt, Purpose
+from mars_shared.contracts import PolicyVersion, Prompt, Purpose, WeightIdentity
 from mars_shared.errors import InputError, QueueUnavailableError
 from mars_shared.queue import Claim, PutResult, Queue, Streams
 from mars_shared.server import EmbeddedValkey
@@ -34,6 +33,8 @@ from mars_trainer.exchange import Exchange, Retry, trainer_queue
 from mars_trainer.publish import Publisher
 from mars_trainer.tensors import save_tensors
 from rollout_doubles import ScriptedEngine
+from rollout_fixtures import policy_at
+from rollout_fixtures import publish as publish_weights
 from test_checkpoint import checkpoint
 from test_staleness import BATCH, STEPS, Fleet, make_async_run, train, working
 from test_weights_store import publish, snapshots
@@ -108,28 +109,32 @@ async def test_a_snapshot_that_is_damaged_before_the_self_test_is_written_again(
         await exchange.aside()  # as a real exchange does while it waits
 
     self_test, shelf = SimpleNamespace(exchange=exchange, run=probe), Shelf()
-    shelf.is_damaged = lambda: True  # type: ignore[method-assign]
+    shelf.needs_snapshot = lambda: True  # type: ignore[method-assign]
     run = replace(make_run(tmp_path, Replies(range(99)), Pupil(), shelf), self_test=cast(Any, self_test))
     await run.self_test.run(run.version)  # type: ignore[union-attr]
-    assert shelf.versions == [run.version]
+    assert shelf.mended
 
 
 async def test_a_prompt_whose_group_is_cut_off_during_a_weight_change_is_not_held_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("mars_rollout.policy.model_fingerprint", lambda path: "m")
+    (tmp_path / "config.json").write_text("{}")
     engine, store = ScriptedEngine(), WeightsStore(tmp_path / "weights")
-    publish(store, 0)
-    policy = Policy(cast(Any, engine), store, tmp_path, in_flight="continue")
+
+    def announce(step: int) -> None:
+        publish_weights(store, {"weight": torch.full((2,), float(step))}, PolicyVersion(incarnation=1, step=step), tmp_path)
+
+    announce(0)
+    policy = policy_at(engine, store, tmp_path, tmp_path / "scratch", in_flight="continue")
     prompt = make_prompt(1).model_copy(update={"max_staleness": 1})
     made, changing, change = asyncio.Event(), asyncio.Event(), asyncio.Event()
     update = engine.update
 
-    async def slow_update(manifest: Any, folder: Path) -> None:
-        if manifest.version.step == 1:
+    async def slow_update(weights: WeightIdentity, files: Sequence[Path]) -> dict[str, float]:
+        if weights.version.step == 1:
             changing.set()
             await change.wait()
-        await update(manifest, folder)
+        return await update(weights, files)
 
     engine.update = slow_update  # type: ignore[method-assign]
 
@@ -140,7 +145,7 @@ async def test_a_prompt_whose_group_is_cut_off_during_a_weight_change_is_not_hel
     making = asyncio.create_task(make())
     while not policy._held:
         await asyncio.sleep(0.01)
-    publish(store, 1)
+    announce(1)
     following = asyncio.create_task(policy.follow())
     await changing.wait()
     made.set()
@@ -148,8 +153,8 @@ async def test_a_prompt_whose_group_is_cut_off_during_a_weight_change_is_not_hel
     making.cancel()  # its lease is lost
     await asyncio.wait({making})
     change.set()
-    publish(store, 2)
-    async with asyncio.timeout(5):
+    announce(2)
+    async with asyncio.timeout(10):
         while engine.version.step < 2:
             await asyncio.sleep(0.01)
     following.cancel()
@@ -169,10 +174,10 @@ def test_a_snapshot_that_did_not_fit_leaves_nothing_behind(tmp_path: Path, monke
     recipe = SimpleNamespace(
         model=SimpleNamespace(path=tmp_path, dtype="float32"),
         run=SimpleNamespace(name="r"),
-        train=SimpleNamespace(keep_snapshots=2),
+        weights=SimpleNamespace(keep_snapshots=2, snapshot_every=10, url=None),
     )
     publisher = Publisher(cast(Any, recipe), WeightsStore(tmp_path / "weights"))
-    monkeypatch.setattr(publish_module, "save_tensors", full_after_half)
+    monkeypatch.setattr(publish_module, "write_tensors", lambda path, tensors: full_after_half(tensors, path))
     with pytest.raises(OSError, match="No space"):
         publisher.publish(nn.Linear(1, 1), PolicyVersion(incarnation=1, step=0))
     assert list((tmp_path / "weights").iterdir()) == []
@@ -311,7 +316,7 @@ def test_a_snapshot_whose_removal_was_cut_off_is_removed_later(tmp_path: Path) -
     (store.folder(publish(store, 0)) / "manifest.json").unlink()
     for step in (1, 2):
         publish(store, step)
-    store.prune(2)
+    store.prune(keep_snapshots=2)
     assert snapshots(tmp_path) == ["1.1", "1.2"]
 
 

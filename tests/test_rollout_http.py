@@ -191,6 +191,7 @@ def test_a_foreign_host_name_is_refused_without_a_key(client: httpx.Client) -> N
 def test_version_health_and_metrics_are_there(client: httpx.Client, history: History) -> None:
     assert client.get("/healthz").status_code == 200
     version = client.get("/v1/version").json()
+    assert version.pop("reached_by").startswith("snapshot 1.10 (")
     assert version == {"replica": "replica-0", "version": "1.10", "weights_id": history.manifests[-1].weights_id}
     metrics = client.get("/metrics").text
     assert "mars_rollout_policy_step 10.0" in metrics

@@ -151,7 +151,7 @@ def test_an_engine_that_dies_while_its_weights_change_ends_its_replica_too(
     engine = engine_process(quartet.interrupted)
     assert engine is not None
     engine.suspend()
-    tensors = policy_tensors(trainer_policy.model, torch.float32)
+    tensors = dict(policy_tensors(trainer_policy.model, torch.float32))
     publish(WeightsStore(quartet.place.dir / "weights"), tensors, PolicyVersion(incarnation=1, step=1), model_dir)
     time.sleep(2.0)  # ten looks at HEAD: nothing outside the replica tells when the change was sent
     assert quartet.interrupted.process.poll() is None
@@ -159,6 +159,14 @@ def test_an_engine_that_dies_while_its_weights_change_ends_its_replica_too(
     assert quartet.interrupted.process.wait(timeout=60) == 1
     assert "mars_rollout: the engine died" in quartet.interrupted.log
     until_gone(quartet.interrupted)
+
+
+def test_the_engines_process_begins_without_the_codecs_compiler() -> None:
+    """It imports its parent's main module first; a compiler that is loaded before vLLM can keep it from starting."""
+    begins = (
+        "import sys, mars_rollout.__main__, mars_rollout.engine.child; print({'numba', 'llvmlite', 'vllm'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", begins], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @pytest.mark.engine
@@ -172,7 +180,7 @@ def test_ending_a_replica_while_its_engine_starts_leaves_nothing(
             assert replica.process.poll() is None, replica.log
             time.sleep(0.05)
         replica.process.send_signal(number)
-        assert replica.process.wait(timeout=60) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+        assert replica.process.wait(timeout=60) == (0 if number == signal.SIGTERM else -signal.SIGKILL), replica.log
         until_gone(replica)
     finally:
         replica.end()

@@ -233,7 +233,7 @@ class Untouched:
 
 
 class Quiet:
-    """An exchange and a publisher that may be started and published to, and nothing else."""
+    """An exchange and a publisher that may be started and published through, and nothing else."""
 
     async def start(self, dispatched: Sequence[Prompt] = (), **_: Any) -> list[Prompt]:
         return []
@@ -241,8 +241,17 @@ class Quiet:
     def ask(self, prompts: Iterable[Prompt]) -> None:
         assert not list(prompts)
 
-    def publish(self, model: object, version: PolicyVersion) -> None:
+    def encode(self, model: object, version: PolicyVersion) -> None:
         pass
+
+    def announce(self) -> None:
+        pass
+
+    def upload(self) -> None:
+        pass
+
+    def needs_snapshot(self) -> bool:
+        return False
 
 
 def make_run(place: Path, learner: Learner, sampler: Sampler, folder: Path) -> TrainingRun:

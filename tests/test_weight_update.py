@@ -10,11 +10,10 @@ import pytest
 from mars_rollout.adhoc import GroupAnswer
 from mars_rollout.engine.base import Engine, EngineRequest
 from mars_rollout.group import GroupMaker
-from mars_rollout.policy import Policy
 from mars_rollout.render import PromptRenderer
 from mars_shared.contracts import RolloutGroup
 from mars_shared.weights import WeightsStore
-from rollout_fixtures import VERSIONS, History, ReplicaProcess, RunFolder, adhoc, make_prompt, png, publish
+from rollout_fixtures import VERSIONS, History, ReplicaProcess, RunFolder, adhoc, make_prompt, png, policy_at, publish
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -30,7 +29,7 @@ async def test_a_replica_updated_ten_times_equals_a_newcomer_bit_by_bit(
     import httpx
 
     for index, manifest in enumerate(history.manifests):
-        await engine.update(manifest, history.folder(index))
+        await engine.update(manifest, history.files(index))
     prompt = adhoc(make_prompt(run_folder.blobs)).model_copy(update={"prompt_id": "adhoc"})
     mine = await maker.make(prompt)
     spec = prompt.sampling
@@ -59,7 +58,7 @@ async def test_nothing_stale_is_used_after_the_vision_tower_alone_changed(
     prompt = adhoc(make_prompt(run_folder.blobs))
     answers = []
     for index in (1, 2, 1, 2):
-        await engine.update(history.manifests[index], history.folder(index))
+        await engine.update(history.manifests[index], history.files(index))
         answers.append(said(await maker.make(prompt)))
         assert said(await maker.make(prompt)) == answers[-1], "the second time from the caches"
     assert answers[0] == answers[2]
@@ -82,7 +81,7 @@ async def test_openai_requests_see_no_stale_vision_either(engine: Engine, run_fo
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client:
         for index in (1, 2, 1):
-            await engine.update(history.manifests[index], history.folder(index))
+            await engine.update(history.manifests[index], history.files(index))
             response = await client.post("/v1/chat/completions", json=body)
             assert response.status_code == 200, response.text
             first_logprobs.append(response.json()["choices"][0]["logprobs"]["content"][0]["logprob"])
@@ -92,12 +91,12 @@ async def test_openai_requests_see_no_stale_vision_either(engine: Engine, run_fo
 async def test_a_request_in_flight_goes_on_over_a_change_and_says_so(
     engine: Engine, renderer: PromptRenderer, run_folder: RunFolder, history: History
 ) -> None:
-    await engine.update(history.manifests[3], history.folder(3))
+    await engine.update(history.manifests[3], history.files(3))
     text = tuple(renderer.token_ids([{"role": "user", "content": "Which digit?"}]))
     request = EngineRequest(text, (), n=2, seed=3, temperature=1.0, top_p=1.0, max_tokens=300, urgent=False)
     answering = asyncio.create_task(engine.generate(request))
     await asyncio.sleep(0.1)
-    await engine.update(history.manifests[4], history.folder(4))
+    await engine.update(history.manifests[4], history.files(4))
     answer = await answering
     versions = [history.manifests[3].version, history.manifests[4].version]
     longest = max(answer.completions, key=lambda completion: len(completion.token_ids))
@@ -111,9 +110,10 @@ async def test_with_continue_a_group_in_flight_goes_on_over_a_change_that_it_tol
     engine: Engine, maker: GroupMaker, run_folder: RunFolder, history: History, model_dir: Path, tmp_path: Path
 ) -> None:
     """1.4 is current when the group begins, 1.5 is announced while it is made: every token is by one of them."""
+    await engine.update(history.manifests[2], history.files(2))
     store = WeightsStore(tmp_path / "weights")
     before, after = (manifest.version for manifest in history.manifests[3:5])
-    policy = Policy(engine, store, model_dir, in_flight="continue")
+    policy = policy_at(engine, store, model_dir, tmp_path / "scratch", in_flight="continue")
     publish(store, history.tensors[3], before, model_dir)
     long = make_prompt(run_folder.blobs).sampling.model_copy(update={"max_completion_length": 300})
     prompt = make_prompt(run_folder.blobs, policy_version=before, max_staleness=1, sampling=long)
@@ -144,13 +144,13 @@ async def test_changes_under_load_leave_training_answers_unharmed(
 ) -> None:
     """Groups of samples on shared images are in flight while versions change; afterwards all is as alone."""
     prompt = adhoc(make_prompt(run_folder.blobs))
-    await engine.update(history.manifests[5], history.folder(5))
+    await engine.update(history.manifests[5], history.files(5))
     expected = said(await maker.make(prompt))
     for _ in range(3):
         others = [asyncio.create_task(maker.make(prompt)) for _ in range(4)]
         await asyncio.sleep(0.02)
-        await engine.update(history.manifests[6], history.folder(6))
-        await engine.update(history.manifests[5], history.folder(5))
+        await engine.update(history.manifests[6], history.files(6))
+        await engine.update(history.manifests[5], history.files(5))
         assert said(await maker.make(prompt)) == expected
         await asyncio.gather(*others)
     assert engine.alive

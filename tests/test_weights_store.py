@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from blake3 import blake3
-from safetensors.torch import load_file
-from torch import nn
 
-from mars_shared.contracts import PolicyVersion, WeightManifest
+from mars_shared.contracts import WeightManifest, WeightsKind
 from mars_shared.errors import FencedError, IntegrityError
-from mars_shared.settings import Recipe
-from mars_shared.weights import WeightsStore, describe_file
-from mars_trainer.publish import WEIGHTS_FILE, Publisher, model_fingerprint, policy_tensors
+from mars_shared.weights import COMPLAINT, WeightsStore, describe_file
+from weights_builders import DELTA_FILE, publish_delta, publish_snapshot, weights
 
 
 @pytest.fixture
@@ -28,8 +23,8 @@ def publish(store: WeightsStore, step: int, *, incarnation: int = 1, content: by
     staged = store.stage()
     (staged / "model.safetensors").write_bytes(content)
     (staged / "extra.bin").write_bytes(b"")
-    version = PolicyVersion(incarnation=incarnation, step=step)
-    return store.publish(staged, run="r", version=version, model="m", dtype="float32")
+    identity = weights(step, incarnation=incarnation, content=content)
+    return store.publish(staged, identity=identity, kind=WeightsKind.SNAPSHOT)
 
 
 def snapshots(tmp_path: Path) -> list[str]:
@@ -54,6 +49,7 @@ def test_a_published_version_is_announced_whole_and_verified(store: WeightsStore
     assert (folder / "model.safetensors").read_bytes() == b"tensors"
     assert WeightManifest.model_validate_json((folder / "manifest.json").read_bytes()) == manifest
     assert {file.name for file in manifest.files} == {"model.safetensors", "extra.bin"}
+    assert store.manifests() == [manifest]
     assert snapshots(tmp_path) == ["1.0"]
 
 
@@ -67,28 +63,99 @@ def test_the_same_weights_of_another_version_are_another_snapshot(store: Weights
     assert publish(store, 0).weights_id != publish(store, 1).weights_id
 
 
-def test_publishing_the_same_version_again_changes_nothing(store: WeightsStore, tmp_path: Path) -> None:
+def test_publishing_the_same_again_leaves_what_stands_and_leaves_nothing_behind(store: WeightsStore, tmp_path: Path) -> None:
     first = publish(store, 0)
+    before = (store.folder(first) / "model.safetensors").stat()
     assert publish(store, 0) == first
+    after = (store.folder(first) / "model.safetensors").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert snapshots(tmp_path) == ["1.0"]
+
+
+def test_a_whole_publication_is_immutable_even_if_other_bytes_are_published_for_the_same_weights(store: WeightsStore) -> None:
+    base = publish(store, 0)
+    first = publish_delta(store, weights(1), base, b"packed")
+    second = publish_delta(store, weights(1), base, b"packed otherwise")
+    assert second == first == store.head()
+    assert (store.verify(first) / DELTA_FILE).read_bytes() == b"packed"
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "manifest.json"])
+def test_publishing_again_replaces_a_damaged_publication(store: WeightsStore, tmp_path: Path, damaged: str) -> None:
+    first = publish(store, 0)
+    (store.folder(first) / damaged).write_bytes(b"rubbish")
+    assert publish(store, 0) == first
     store.verify(first)
+    assert store.manifests() == [first]
+    assert snapshots(tmp_path) == ["1.0"]
+
+
+def test_a_version_may_be_reached_by_a_delta_and_by_a_snapshot_of_it_that_comes_later(store: WeightsStore) -> None:
+    base = publish(store, 0)
+    delta = publish_delta(store, weights(1), base, invertible=True)
+    assert (delta.kind, delta.base, delta.invertible) == (WeightsKind.DELTA, base.identity, True)
+    snapshot = publish_snapshot(store, weights(1), announce=False)
+    assert store.head() == delta, "a further publication does not touch HEAD"
+    assert snapshot.weights_id == delta.weights_id
+    assert store.manifests() == [base, delta, snapshot]
+
+
+def test_a_folder_whose_manifest_is_missing_unreadable_or_of_another_is_left_out_and_logged(
+    store: WeightsStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing, rubbish, swapped, whole = (publish(store, step) for step in range(4))
+    (store.folder(missing) / "manifest.json").unlink()
+    (store.folder(rubbish) / "manifest.json").write_bytes(b"{}")
+    (store.folder(swapped) / "manifest.json").write_text(whole.model_dump_json())
+    assert store.manifests() == [whole]
+    for manifest, why in (
+        (missing, "has no manifest.json"),
+        (rubbish, "not a weight manifest"),
+        (swapped, "holds the manifest of"),
+    ):
+        assert any(manifest.folder_name in line and why in line for line in caplog.messages)
 
 
 def test_a_complaint_about_a_damaged_snapshot_stands_until_it_is_published_again(store: WeightsStore, tmp_path: Path) -> None:
     manifest = publish(store, 3)
     file = store.folder(manifest) / "model.safetensors"
     whole = file.read_bytes()
-    assert not store.is_damaged()
+    assert not store.needs_snapshot()
     file.write_bytes(b"rubbish")
-    assert not store.is_damaged(), "nobody has complained"
+    assert not store.needs_snapshot(), "nobody has complained"
     store.complain(manifest)
-    assert store.is_damaged()
+    assert store.needs_snapshot()
     assert publish(store, 3) == manifest
     store.verify(manifest)
-    assert file.read_bytes() == whole and not store.is_damaged()
+    assert file.read_bytes() == whole and not store.needs_snapshot()
     store.complain(manifest)
-    assert not store.is_damaged(), "a complaint without a reason is dropped"
+    assert not store.needs_snapshot(), "a complaint without a reason is dropped"
+    assert not (tmp_path / "weights" / COMPLAINT).exists()
     assert snapshots(tmp_path) == ["1.3"]
+
+
+def test_a_complaint_asks_for_a_snapshot_where_there_is_a_delta_alone(store: WeightsStore) -> None:
+    head = publish_delta(store, weights(1), publish(store, 0))
+    assert not store.needs_snapshot()
+    store.complain(head)
+    assert store.needs_snapshot()
+    snapshot = publish_snapshot(store, weights(1), announce=False)
+    assert not store.needs_snapshot()
+    (store.folder(snapshot) / "manifest.json").write_bytes(b"rubbish")
+    store.complain(head)
+    assert store.needs_snapshot(), "readers do not see a snapshot without a manifest"
+
+
+def test_a_complaint_about_weights_that_are_no_more_announced_is_dropped(store: WeightsStore) -> None:
+    old = publish_delta(store, weights(1), publish(store, 0))
+    store.complain(old)
+    head = publish_delta(store, weights(2), old)
+    assert not store.needs_snapshot()
+    store.complain(old)
+    assert not store.needs_snapshot()
+    store.complain(head)
+    store.complain(old)  # by a laggard, which must not hide the other
+    assert store.needs_snapshot()
 
 
 @pytest.mark.parametrize("content", [b"", b"tensor", b"tensorz", b"tensors "])
@@ -141,28 +208,6 @@ def test_an_older_incarnation_publishes_nothing(store: WeightsStore, tmp_path: P
     publish(store, 1, incarnation=2)
 
 
-def test_pruning_keeps_the_newest_in_the_order_of_versions(store: WeightsStore, tmp_path: Path) -> None:
-    for incarnation, step in ((1, 9), (1, 10), (1, 11), (2, 2)):
-        publish(store, step, incarnation=incarnation)
-    store.prune(keep=2)
-    assert snapshots(tmp_path) == ["1.11", "2.2"]
-
-
-def test_pruning_spares_the_head(store: WeightsStore, tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        publish(store, step)
-    rolled_back = publish(store, 0, content=b"others")  # HEAD need not be the highest version
-    store.prune(keep=1)
-    assert snapshots(tmp_path) == ["1.0", "1.3"]
-    store.verify(rolled_back)
-
-
-def test_pruning_fewer_than_are_kept_removes_nothing(store: WeightsStore, tmp_path: Path) -> None:
-    publish(store, 0)
-    store.prune(keep=4)
-    assert snapshots(tmp_path) == ["1.0"]
-
-
 @pytest.mark.parametrize("manifest_written", [False, True])
 def test_what_a_trainer_killed_in_mid_publication_left_behind_disturbs_nobody(
     store: WeightsStore, tmp_path: Path, manifest_written: bool
@@ -175,49 +220,5 @@ def test_what_a_trainer_killed_in_mid_publication_left_behind_disturbs_nobody(
     assert store.head() == first
     for step in (1, 2, 3):
         publish(store, step)
-    store.prune(keep=2)
+    store.prune(keep_snapshots=2)
     assert [name for name in snapshots(tmp_path) if not name.startswith(".")] == ["1.2", "1.3"]
-
-
-class Tied(nn.Module):
-    """Two layers that share one weight, as a policy shares its embedding with its head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(5, 3)
-        self.head = nn.Linear(3, 5, bias=False)
-        self.head.weight = self.embed.weight
-        self.scale = nn.Parameter(torch.randn(4, 3).T)
-
-
-def test_tied_weights_are_published_once_and_all_are_contiguous() -> None:
-    tensors = policy_tensors(Tied(), torch.bfloat16)
-    assert set(tensors) == {"embed.weight", "scale"}
-    assert all(t.is_contiguous() and t.dtype is torch.bfloat16 and not t.requires_grad for t in tensors.values())
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_publisher_writes_the_policy_in_the_dtype_of_replicas(
-    tmp_path: Path, dtype: str, clean_environment: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "tied"}')
-    recipe = Recipe.model_validate(
-        {
-            "run": {"name": "r", "dir": tmp_path},
-            "model": {"path": tmp_path / "model", "dtype": dtype, "max_model_len": 64},
-            "data": {"dataset": "digits"},
-            "rollout": {"num_generations": 2, "max_completion_length": 8},
-            "train": {"steps": 1, "prompts_per_step": 1, "learning_rate": 1e-3, "keep_snapshots": 2},
-        }
-    )
-    store, model = WeightsStore(tmp_path / "weights"), Tied()
-    for step in range(4):
-        manifest = Publisher(recipe, store).publish(model, PolicyVersion(incarnation=1, step=step))
-    assert store.head() == manifest
-    assert (manifest.run, manifest.dtype) == ("r", dtype)
-    assert manifest.model == model_fingerprint(tmp_path / "model") == hashlib.sha256(b'{"model_type": "tied"}').hexdigest()
-    tensors = load_file(store.verify(manifest) / WEIGHTS_FILE)
-    assert torch.equal(tensors["embed.weight"], model.embed.weight.to(getattr(torch, dtype)))
-    assert snapshots(tmp_path) == ["1.2", "1.3"]

@@ -24,6 +24,7 @@ from chaos.plan import FAULT_POINT, FULL_DISK, Fault
 from chaos.run import LEASE_S, Run
 from mars_shared.stack import TRAINER
 from mars_shared.weights import WeightsStore
+from mars_shared.weights.route import plan_route
 
 STRIKE_S = 180.0
 """Within this time an armed point must be passed, and a damage be found."""
@@ -153,7 +154,7 @@ def _strike(run: Run, fault: Fault) -> Blow | None:
 
 
 def _corrupt_snapshot(run: Run, fault: Fault) -> Blow | None:
-    """All replicas are killed, so that the version stays the announced one until newcomers read it."""
+    """What newcomers read last on their way to the announced version. All replicas are killed, so that the version stays the announced one until newcomers read it."""
     if not all(map(run.can_suffer, (TRAINER, *run.replicas))):
         return None
     for name in run.replicas:
@@ -170,12 +171,14 @@ def _corrupt_snapshot(run: Run, fault: Fault) -> Blow | None:
     store, mended = WeightsStore(run.folder / "weights"), len(run.events("snapshot_mended"))
     head = store.head()
     assert head is not None
-    flip_byte(store.folder(head) / head.files[0].name, fault.pick)
+    read_last = plan_route(store.manifests(), None, head.weights_id).hops[-1].manifest
+    assert read_last is not None
+    flip_byte(store.folder(read_last) / read_last.files[0].name, fault.pick)
     run.wait_for(lambda: len(run.events("snapshot_mended")) > mended or store.head() != head, STRIKE_S)
     if len(run.events("snapshot_mended")) > mended:
-        return Blow(f"version {head.version}", True)
+        return Blow(read_last.folder_name, True)
     # Another version was announced before a replica read this one: to be tried again.
-    return None if store.head() != head else Blow(f"version {head.version}", False)
+    return None if store.head() != head else Blow(read_last.folder_name, False)
 
 
 def _tear_checkpoint(run: Run, fault: Fault) -> Blow | None:

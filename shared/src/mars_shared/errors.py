@@ -15,7 +15,11 @@ MarsError
 │   ├── RewardTimeoutError   it took too long, by the clock or (RewardCpuTimeoutError) in CPU seconds
 │   ├── RewardDiedError      it ended its process
 │   └── RewardNotFiniteError it gave NaN or infinity
-├── IntegrityError       bytes do not match their hash: a snapshot, a blob, a checkpoint
+├── IntegrityError       bytes do not match their hash: published weights, a blob, a checkpoint
+│   ├── DeltaError           a weight delta is malformed, or does not fit the tensor it is for
+│   ├── NoRouteError         no publications in the weights store lead to the wanted weights
+│   └── WeightsMissingError  a publication, or a file of it, is not in the weights store      HTTP 404
+├── WeightsUnavailableError  the place that the weights come from does not answer           HTTP 503
 ├── CheckpointError      weights or a checkpoint cannot be used: of another model              exit 2
 └── QueueError           Redis cannot be used
     ├── QueueUnavailableError   it does not answer                                         HTTP 503
@@ -132,6 +136,26 @@ class RewardNotFiniteError(RewardError):
 
 class IntegrityError(MarsError):
     """Bytes do not match the hash that names them."""
+
+
+class WeightsMissingError(IntegrityError):
+    """A publication, or a file of it, is not in the weights store: removed since it was listed, or damaged."""
+
+    http_status = 404
+
+
+class WeightsUnavailableError(MarsError):
+    """The place that the weights come from does not answer; it may do so later."""
+
+    http_status = 503
+
+
+class NoRouteError(IntegrityError):
+    """No publications in the weights store lead to the wanted weights; the trainer writes a snapshot."""
+
+
+class DeltaError(IntegrityError):
+    """A weight delta is malformed, or does not fit the tensor it is for; nothing has been written."""
 
 
 class CheckpointError(MarsError):

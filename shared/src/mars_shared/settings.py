@@ -242,8 +242,30 @@ class TrainSection(Section):
     logprob_chunk_tokens: int = Field(default=1024, ge=1, description="tokens whose logits exist at a time")
     checkpoint_every: int = Field(default=10, ge=1, description="steps; groups are acknowledged then")
     keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept")
-    keep_snapshots: int = Field(default=4, ge=2, description="published versions kept for replicas that are behind")
     threads: int = Field(default=2, ge=1, description="CPU threads of the trainer; ignored on GPUs")
+
+
+class WeightsSection(Section):
+    url: str | None = Field(
+        default=None,
+        description="where replicas find published weights; unset: in the run folder, which they share with the trainer; "
+        "http://HOST:PORT: of the trainer, which serves them; any other URL that fsspec knows (s3://bucket/run): the trainer "
+        "copies them there",
+    )
+    snapshot_every: int = Field(
+        default=10, ge=1, description="versions from one full snapshot to the next; between them deltas are published"
+    )
+    keep_snapshots: int = Field(
+        default=2, ge=1, description="newest snapshots kept, with all later deltas and whatever a living replica needs"
+    )
+    verify: Literal["changed", "full"] = Field(
+        default="changed",
+        description="how a replica checks its weights before it serves them: from what `changed`, or all bytes in `full`",
+    )
+    scratch: Path | None = Field(
+        default=None,
+        description="folder for a replica's own copy; unset: /dev/shm if it has room, else the system's temporary folder",
+    )
 
 
 class EvalSection(Section):
@@ -291,6 +313,7 @@ class Recipe(BaseSettings):
     rollout: RolloutSection
     reward: RewardSection = RewardSection()
     train: TrainSection
+    weights: WeightsSection = WeightsSection()
     eval: EvalSection = EvalSection()
     sft: SftSection = SftSection()
     self_test: SelfTestSection = SelfTestSection()
@@ -423,6 +446,7 @@ class _StrictRecipe(BaseModel):
     rollout: RolloutSection
     reward: RewardSection = RewardSection()
     train: TrainSection
+    weights: WeightsSection = WeightsSection()
     eval: EvalSection = EvalSection()
     sft: SftSection = SftSection()
     self_test: SelfTestSection = SelfTestSection()

@@ -15,6 +15,7 @@ from mars_rollout.adhoc import AdhocPrompts, GroupAnswer, GroupRequest, RewardCl
 from mars_rollout.engine.base import Engine
 from mars_rollout.group import GroupMaker
 from mars_rollout.metrics import count_group
+from mars_rollout.policy import Policy
 from mars_shared.errors import InputError, MediaTypeError, NotReadyError
 from mars_shared.http import create_app
 from mars_shared.settings import Deployment
@@ -32,6 +33,7 @@ class Stage:
         self.rewards = rewards
         self.engine: Engine | None = None
         self.maker: GroupMaker | None = None
+        self.policy: Policy | None = None
 
 
 def build_app(deployment: Deployment, stage: Stage, *, ready: Callable[[], str | None]) -> FastAPI:
@@ -54,10 +56,19 @@ def build_app(deployment: Deployment, stage: Stage, *, ready: Callable[[], str |
 
     @app.get("/v1/version")
     async def version() -> dict[str, str]:
-        """The policy version that answers from here on, e.g. {"version": "1.7", ...}."""
-        if stage.engine is None:
+        """The policy version that answers from here on and how the replica came to it, e.g. {"version": "1.7", ...}."""
+        if stage.engine is None or stage.policy is None:
             raise NotReadyError("the engine is starting; ask again once /readyz answers 200")
-        return {"replica": stage.replica, "version": str(stage.engine.version), "weights_id": stage.engine.weights_id}
+        served = {"version": str(stage.engine.version), "weights_id": stage.engine.weights_id, "reached_by": stage.policy.arrival}
+        return {"replica": stage.replica, **served}
+
+    @app.post("/v1/version/verify")
+    async def verify() -> dict[str, str]:
+        """Compare every weight of the engine with the published version, bit by bit; 500 names what differs."""
+        if stage.engine is None or stage.policy is None:
+            raise NotReadyError("the engine is starting; ask again once /readyz answers 200")
+        await stage.policy.verify()
+        return {"replica": stage.replica, "version": str(stage.engine.version), "weights": "equal"}
 
     return app
 

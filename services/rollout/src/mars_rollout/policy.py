@@ -1,4 +1,4 @@
-"""Which weights a replica serves: pulled when HEAD changes, changed when no group in hand is against it."""
+"""Which weights a replica serves: pulled when another version is announced, changed when no group in hand is against it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import Enum, auto
 from pathlib import Path
 from typing import Literal
 
 from mars_rollout.engine.base import BASE_WEIGHTS_ID, Engine
-from mars_rollout.metrics import count_update
+from mars_rollout.metrics import count_refused, count_stages, count_update
+from mars_rollout.pull import Arrival, Puller
 from mars_shared.contracts import PolicyVersion, Prompt, WeightManifest
-from mars_shared.errors import InputError, IntegrityError, NotReadyError
+from mars_shared.errors import InputError, IntegrityError, NotReadyError, WeightsUnavailableError
 from mars_shared.faults import fault
-from mars_shared.weights import WeightsStore, model_fingerprint
+from mars_shared.weights import model_fingerprint
+from mars_shared.weights.source import WeightSource
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-"""How often HEAD, a small file, is read."""
+"""How often the source is asked what is announced."""
 COMPLAINT_S = 1.0
 """Pause between looks at a snapshot that is damaged."""
 ANNOUNCEMENT_S = 60.0
@@ -39,43 +41,61 @@ class _Verdict(Enum):
 
 
 class Policy:
-    """The weights store's HEAD and the engine's weights, brought together.
+    """The announced weights, the mirror's and the engine's, brought together.
 
     Groups `hold` the version they are made with; a change waits until none is held. With `in_flight`
     "continue" it waits for those alone that do not tolerate it; the others go on over it, which their
-    version spans show, as do ad-hoc requests, which hold nothing.
+    version spans show, as do ad-hoc requests, which hold nothing. Fetching and decoding wait for nobody.
+
+    An announced version that does not verify, is older than what is served, or is of another model is refused:
+    what was served is served on.
     """
 
-    def __init__(self, engine: Engine, store: WeightsStore, model: Path, *, in_flight: Literal["drain", "continue"]) -> None:
+    def __init__(
+        self, engine: Engine, source: WeightSource, puller: Puller, model: Path, *, in_flight: Literal["drain", "continue"]
+    ) -> None:
         self._engine = engine
-        self._store = store
+        self._source = source
+        self._puller = puller
         self._fingerprint = model_fingerprint(model)
         self._in_flight = in_flight
+        self._head: WeightManifest | None = None
+        self._looked = False
+        self._refused: str | None = None
         self._held: list[Prompt] = []
         self._changed = asyncio.Condition()
         self.fault: IntegrityError | None = None
-        """Why the announced weights cannot be applied; the replica is of no use then."""
+        """Why a replica that never served an announced version cannot; it is of no use then."""
         self.damage: str | None = None
-        """What is wrong with the announced snapshot's files, until the trainer has mended it."""
+        """What is wrong with the announced version, until it can be applied."""
+        self.arrival = "the model folder's own weights"
+        """How the served version was reached."""
 
     @property
     def current(self) -> bool:
-        """Whether the engine serves HEAD, or the base model while there is no HEAD."""
-        head = self._store.head()
-        return head is None or head.weights_id == self._engine.weights_id
+        """Whether the engine serves the announced version, or the base model while there is none."""
+        return self._looked and (self._head is None or self._head.weights_id == self._engine.weights_id)
 
     @property
     def announced(self) -> bool:
         """Whether the trainer has published any version."""
-        return self._store.head() is not None
+        return self._head is not None
+
+    async def look(self) -> None:
+        """Learn what is announced; a source that does not answer leaves things as they were."""
+        try:
+            self._head = await self._source.head()
+            self._looked = True
+        except (IntegrityError, WeightsUnavailableError) as error:
+            self._say(str(error))
 
     async def follow(self) -> None:
-        """Apply every announced version as soon as no held group is against it; runs until cancelled."""
+        """Fetch every announced version, and apply it as soon as no held group is against it; runs until cancelled."""
         while True:
+            await self.look()
             if not self.current:
-                async with self._changed:
-                    if not self.current and self._may_change():
-                        await self._apply_head()
+                await self._follow_head()
+            await self._puller.stay_registered()
             await asyncio.sleep(POLL_S)
 
     @asynccontextmanager
@@ -83,10 +103,10 @@ class Policy:
         """Bring the engine to a version that the prompt tolerates and keep it so; yields the seconds that pulling took.
 
         Raises:
-            SupersededError: the prompt is of an older incarnation than HEAD's.
-            InputError: HEAD is newer than the prompt tolerates.
+            SupersededError: the prompt is of an older incarnation than the announced one.
+            InputError: the announced version is newer than the prompt tolerates.
             NotReadyError: the prompt's version is not announced in time.
-            IntegrityError: the announced weights cannot be applied.
+            IntegrityError: the announced weights are of another model.
         """
         pull_s = await self._acquire(prompt)
         try:
@@ -96,17 +116,31 @@ class Policy:
             async with self._changed:
                 self._changed.notify_all()
 
+    async def verify(self) -> None:
+        """Compare the served weights with the mirror, and the mirror with its checksums, in full.
+
+        Raises:
+            IntegrityError: which tensors differ.
+            NotReadyError: another version is on its way, or the engine serves the model folder's own weights.
+        """
+        async with self._changed, self._puller.verified() as (weights_id, files):
+            if weights_id != self._engine.weights_id:
+                raise NotReadyError("no announced version is served, or another one is on its way; ask again")
+            await self._engine.compare(files)
+
     async def _acquire(self, prompt: Prompt) -> float:
         pull_s = 0.0
         deadline_s = time.monotonic() + ANNOUNCEMENT_S
         async with self._changed:
-            while (verdict := self._judge(prompt)) is not _Verdict.READY:
+            while (verdict := await self._judge(prompt)) is not _Verdict.READY:
                 if verdict is _Verdict.PULL and self._may_change():
                     pull_s += await self._apply_head()
-                    continue
+                    if self.current:
+                        continue
                 if verdict is _Verdict.WAIT and time.monotonic() > deadline_s:
                     raise NotReadyError(
-                        f"prompt {prompt.prompt_id}: version {prompt.policy_version} was not announced in {ANNOUNCEMENT_S:g} s"
+                        f"prompt {prompt.prompt_id}: version {prompt.policy_version} was not announced, or cannot be served, "
+                        f"for {ANNOUNCEMENT_S:g} s; {self.damage or 'the source says nothing is wrong'}"
                     )
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_S):
@@ -115,34 +149,70 @@ class Policy:
         return pull_s
 
     def _may_change(self) -> bool:
-        """Whether HEAD may take the place of what is served; the lock is held."""
-        head = self._store.head()
+        """Whether the announced version may take the place of what is served; the lock is held."""
+        head = self._head
         if self._in_flight == "drain" or head is None:
             return not self._held
         return all(tolerates(prompt, head.version) for prompt in self._held)
 
-    def _judge(self, prompt: Prompt) -> _Verdict:
-        wanted, head = prompt.policy_version, self._store.head()
+    async def _judge(self, prompt: Prompt) -> _Verdict:
+        wanted = prompt.policy_version
         if wanted is None:
             return _Verdict.READY
+        await self.look()
+        if self.fault is not None:
+            raise self.fault
+        head = self._head
         if head is None:
             return _Verdict.WAIT
         if wanted.incarnation < head.version.incarnation:
             raise SupersededError(f"prompt {prompt.prompt_id}: version {wanted} is of an older incarnation than {head.version}")
-        if tolerates(prompt, head.version):
+        tolerable = tolerates(prompt, head.version)
+        if tolerable and head.weights_id != self._refused:
             # Nothing begins on old weights while newer ones that will do are announced.
             return _Verdict.READY if self._engine.weights_id == head.weights_id else _Verdict.PULL
         if self._engine.weights_id != BASE_WEIGHTS_ID and tolerates(prompt, self._engine.version):
             return _Verdict.READY
-        if head.version > wanted:
+        if head.version > wanted and not tolerable:
             raise InputError(
                 f"prompt {prompt.prompt_id}: asks for version {wanted} with max_staleness {prompt.max_staleness}, "
                 f"but {head.version} is current"
             )
         return _Verdict.WAIT
 
+    def _acceptable(self, head: WeightManifest) -> bool:
+        """Whether the announced version may be fetched at all.
+
+        Raises:
+            IntegrityError: it is of another model, and this replica never served any other.
+        """
+        serves_announced = self._engine.weights_id != BASE_WEIGHTS_ID
+        if head.model != self._fingerprint:
+            error = IntegrityError(
+                f"weights {head.version} are of a model with fingerprint {head.model}; this replica has {self._fingerprint}"
+            )
+            if not serves_announced:
+                self.fault = error
+                raise error
+            self._refuse(head, "model", str(error))
+            return False
+        if serves_announced and head.version <= self._engine.version and head.weights_id != self._engine.weights_id:
+            self._refuse(head, "replayed", f"weights {head.version} are announced although {self._engine.version} were before")
+            return False
+        return True
+
+    async def _follow_head(self) -> None:
+        """Bring the mirror to the announced version while the engine goes on with what it has; then the engine, if it may."""
+        async with self._arrived(self._head) as arrival:
+            pass
+        if arrival is None:
+            return
+        async with self._changed:
+            if not self.current and self._may_change():
+                await self._apply_head()
+
     async def _apply_head(self) -> float:
-        """Verify and apply HEAD; returns the seconds it took. The lock is held and HEAD may be applied.
+        """Fetch, verify and apply the announced version; returns the seconds it took. The lock is held.
 
         Cancelled, it ends only when the change is whole: an engine with half-changed weights is of no use.
         """
@@ -154,41 +224,65 @@ class Policy:
             raise
 
     async def _apply(self) -> float:
-        start_s = time.perf_counter()
-        head = self._store.head()
-        assert head is not None
-        self._check_model(head)
-        try:
-            folder = await asyncio.to_thread(self._store.verify, head)
-        except IntegrityError as error:
-            await self._complain(head, error)
-            return time.perf_counter() - start_s
-        fault("rollout.before_update")
-        await self._engine.update(head, folder)
-        fault("rollout.after_update")
-        self.damage = None
-        seconds = time.perf_counter() - start_s
-        count_update(head.version, seconds)
-        logger.info("serving version %s after %.3f s", head.version, seconds)
-        return seconds
+        began, head = time.perf_counter(), self._head
+        async with self._arrived(head) as arrival:
+            if head is not None and arrival is not None:
+                await self._update(head, arrival)
+        return time.perf_counter() - began
 
-    def _check_model(self, head: WeightManifest) -> None:
-        if head.model != self._fingerprint:
-            self.fault = IntegrityError(
-                f"weights {head.version} are of a model with fingerprint {head.model}; this replica has {self._fingerprint}"
-            )
-            raise self.fault
+    async def _update(self, head: WeightManifest, arrival: Arrival) -> None:
+        fault("rollout.before_update")
+        try:
+            seconds = await self._engine.update(head, arrival.files)
+        except IntegrityError as error:
+            self._refuse(head, "engine", str(error))
+            return
+        fault("rollout.after_update")
+        self.damage, self.arrival = None, arrival.how
+        count_stages(seconds)
+        count_update(head.version)
+        logger.info("serving version %s: %s", head.version, arrival.how)
+
+    @asynccontextmanager
+    async def _arrived(self, head: WeightManifest | None) -> AsyncIterator[Arrival | None]:
+        """The mirror with that version in it, which stays so inside; None if it cannot be brought there."""
+        if head is None or head.weights_id == self._refused or not self._acceptable(head):
+            yield None
+            return
+        async with AsyncExitStack() as stack:
+            try:
+                arrival = await stack.enter_async_context(self._puller.at(head))
+            except IntegrityError as error:
+                await self._complain(head, error)
+                arrival = None
+            except WeightsUnavailableError as error:
+                self._say(str(error))
+                arrival = None
+            yield arrival
+
+    def _refuse(self, head: WeightManifest, reason: str, why: str) -> None:
+        """Never look at this version again: nothing would make it good."""
+        if head.weights_id != self._refused:
+            self._refused = head.weights_id
+            count_refused(reason)
+            self._say(f"{why}; {self._engine.version} is served on")
 
     async def _complain(self, head: WeightManifest, error: IntegrityError) -> None:
-        """HEAD cannot be read: the trainer, which has it in memory, writes it again; what was served is served on."""
-        if self._store.head() != head:
+        """It cannot be reached: the trainer, which has it in memory, writes a snapshot; what was served is served on."""
+        await self.look()
+        if self._head != head:
             logger.info("version %s was replaced while it was read", head.version)
             return
-        if self.damage != str(error):
-            self.damage = str(error)
-            logger.error("%s; waiting until the trainer has written it again", error)
-        self._store.complain(head)
+        count_refused("unreachable")
+        self._say(f"{error}; waiting until the trainer has written it again")
+        with suppress(WeightsUnavailableError):
+            await self._source.complain(head)
         await asyncio.sleep(COMPLAINT_S)
+
+    def _say(self, problem: str) -> None:
+        if self.damage != problem:
+            self.damage = problem
+            logger.error("%s", problem)
 
 
 def tolerates(prompt: Prompt, served: PolicyVersion) -> bool:

@@ -18,6 +18,8 @@ from mars_rollout.app import Stage, build_app, mount_openai
 from mars_rollout.engine.base import Engine
 from mars_rollout.group import GroupMaker
 from mars_rollout.policy import Policy
+from mars_rollout.pull import Puller
+from mars_rollout.scratch import scratch_folder
 from mars_rollout.worker import RolloutWorker
 from mars_shared.blobs import BlobStore
 from mars_shared.errors import NotReadyError
@@ -25,7 +27,8 @@ from mars_shared.http import HttpServer
 from mars_shared.queue import Queue, Streams
 from mars_shared.settings import Deployment, Recipe
 from mars_shared.telemetry import configure_logging
-from mars_shared.weights import WeightsStore
+from mars_shared.weights.bits.warm_up import compile_codec
+from mars_shared.weights.source import open_source
 
 if TYPE_CHECKING:
     from mars_rollout.render import PromptRenderer
@@ -50,7 +53,7 @@ class Replica:
         self._queue = queue
         self._name = name
         self._blobs = BlobStore(recipe.run.dir / "blobs")
-        self._store = WeightsStore(recipe.run.dir / "weights")
+        self._source = open_source(recipe.weights.url, recipe.run.dir / "weights", deployment.api_key)
         self._rewards = RewardClient(deployment)
         self._stage = Stage(name, AdhocPrompts(recipe, self._blobs), self._rewards)
         self._problem: str | None = "the engine is starting"
@@ -70,6 +73,7 @@ class Replica:
         finally:
             await server.stop()
             await self._rewards.close()
+            await self._source.aclose()
 
     async def _start_and_work(self, app: FastAPI, stop: asyncio.Event) -> None:
         engine, openai_app, maker = await self._start_engine(stop)
@@ -98,6 +102,7 @@ class Replica:
         recipe = self._recipe
         renderer = await asyncio.to_thread(_load_renderer, recipe)
         start_engine, build_openai_app = await asyncio.to_thread(_import_engine)
+        await asyncio.to_thread(compile_codec)
         engine = await start_engine(recipe)
         maker = GroupMaker(engine, renderer, self._blobs, replica=self._name, data=recipe.data)
         openai_app = await build_openai_app(engine, recipe)
@@ -106,7 +111,13 @@ class Replica:
         return engine, openai_app, maker
 
     async def _work(self, engine: Engine, maker: GroupMaker, stop: asyncio.Event) -> None:
-        policy = Policy(engine, self._store, self._recipe.model.path, in_flight=self._recipe.rollout.in_flight)
+        with scratch_folder(self._recipe, self._name) as scratch:
+            puller = Puller(self._source, self._name, scratch, verify=self._recipe.weights.verify)
+            policy = Policy(engine, self._source, puller, self._recipe.model.path, in_flight=self._recipe.rollout.in_flight)
+            self._stage.policy = policy
+            await self._follow_and_work(engine, maker, policy, stop)
+
+    async def _follow_and_work(self, engine: Engine, maker: GroupMaker, policy: Policy, stop: asyncio.Event) -> None:
         worker = RolloutWorker(
             self._queue,
             Streams(self._recipe.run.name),

@@ -1,4 +1,4 @@
-"""The trainer's HTTP face: GET /v1/run says where the run is."""
+"""The trainer's HTTP face: GET /v1/run says where the run is, /v1/weights serves the weights store."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from prometheus_client import Gauge
 
 from mars_shared.http import create_app
 from mars_shared.settings import Deployment
+from mars_shared.weights import WeightsStore
 from mars_trainer.loop import Progress
+from mars_trainer.weights_app import weights_routes
 
 STEP = Gauge("mars_step", "Optimizer steps done", ["run"])
 METRIC = Gauge("mars_train_metric", "Metrics of the last step by name", ["run", "name"])
 
 
-def build_app(deployment: Deployment, progress: Progress) -> FastAPI:
-    """The app; `progress` is read whenever it is asked."""
+def build_app(deployment: Deployment, progress: Progress, weights: WeightsStore | None = None) -> FastAPI:
+    """The app; `progress` is read whenever it is asked, and `weights` served if there are any."""
     app = create_app(
         "mars trainer", deployment, ready=lambda: "the first version is not published" if progress.state == "starting" else None
     )
+
+    if weights is not None:
+        app.include_router(weights_routes(weights))
 
     @app.get("/v1/run")
     async def run() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +66,8 @@ class Learner:
             weight_decay=recipe.train.weight_decay,
         )
         self._steps_done = 0
+        self.before_update: Callable[[], None] = lambda: None
+        """Called before the parameters change: somebody may still read them."""
 
     def step(self, groups: Sequence[ScoredGroup], credits: Sequence[Credit]) -> dict[str, float]:
         """Train on a batch of groups; mono-source completions are in the credits and nowhere else.
@@ -218,6 +220,7 @@ class Learner:
                 "The weights are as before the step; lower train.learning_rate or go on from an older checkpoint"
             )
         totals["grad_norm"] += norm.item()
+        self.before_update()
         self._optimizer.step()
 
     def model_tensors(self) -> dict[str, Tensor]:

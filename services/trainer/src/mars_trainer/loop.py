@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mars_shared.contracts import PolicyVersion, WeightManifest
+from mars_shared.contracts import PolicyVersion
 from mars_shared.faults import fault
 from mars_shared.queue import Claim
 from mars_shared.settings import Recipe
@@ -28,6 +28,7 @@ from mars_trainer.evaluate import EvaluationKind, evaluate, results_name, summar
 from mars_trainer.exchange import Answer, Exchange
 from mars_trainer.learner import Learner
 from mars_trainer.metrics import finite, rollout_metrics, staleness_metrics
+from mars_trainer.publication import Publications
 from mars_trainer.publish import Publisher
 from mars_trainer.samples import SampleLog
 from mars_trainer.selftest import SelfTest
@@ -74,6 +75,7 @@ class TrainingRun:
     restored_from: PolicyVersion | None = None
     """The version of the checkpoint that the run goes on from."""
     collector: Collector = field(init=False)
+    publications: Publications = field(init=False)
     _unacknowledged: list[Claim] = field(default_factory=list)
     """Entries of what is in the weights and in no checkpoint."""
 
@@ -81,6 +83,8 @@ class TrainingRun:
         self.collector = Collector(
             self.recipe, self.data.train, self.prompts, self.training, self.events, self.ledger, self.progress.dead
         )
+        self.publications = Publications(self.publisher, self._on_disk)
+        self.learner.before_update = self.publications.until_encoded
         probing = [self.self_test.exchange] if self.self_test else []
         for exchange in (self.training, self.evaluation, *probing):
             exchange.aside, exchange.relieve = self._mend_snapshot, self._make_room
@@ -97,6 +101,7 @@ class TrainingRun:
         while self.version.step < self.recipe.train.steps:
             await self._step()
         await self._evaluate()
+        await self.publications.finished()
         self.progress.state = "finished"
         self.events.write("finished", step=self.version.step, weights=self.learner.weights_hash())
 
@@ -106,12 +111,12 @@ class TrainingRun:
             self.events.write("resumed", step=self.version.step, incarnation=self.version.incarnation)
         await self.collector.begin(self.restored_from)
         await self.evaluation.start()
-        await self._on_disk(self._publish)
+        await self._publish()
 
     async def evaluate_newest(self) -> None:
         """Evaluate the newest checkpoint's policy, or the base model where there is none; the run itself stays as it was."""
         await self.evaluation.start()
-        await self._on_disk(self._publish)
+        await self._publish()
         self.progress.state = "published"
         await self._ask_held_out("evaluated")
         self.progress.state = "finished"
@@ -133,15 +138,15 @@ class TrainingRun:
         trained_to = time.time()
         staleness = staleness_metrics([judged.answer.scored for judged in batch.kept], self.version.step)
         self._advance(batch)
-        await self._on_disk(self._publish)
-        pushed = time.time()
+        push = await self._begin_publication()
+        ended = time.time()
         fault("trainer.after_publish")
         # Nothing of these groups is in the weights, so no checkpoint waits for them.
         await self.training.acknowledge([judged.answer.claim for judged in batch.dropped])
         self._say_what_is_missing(batch)
         metrics = finite(rollout_metrics(batch.scored, batch.credits) | batch.metrics | staleness | learned)
-        window = (began, pushed)
-        seconds = stage_seconds(window, _intervals(batch.answers, (trained_from, trained_to), (trained_to, pushed)))
+        window = (began, ended)
+        seconds = stage_seconds(window, _intervals(batch.answers, (trained_from, trained_to), push))
         self._report(metrics, seconds, window, batch.answers)
         self.samples.step(self.version.step, batch.scored, [credit.advantages for credit in batch.credits])
         last = self.version.step == self.recipe.train.steps
@@ -202,11 +207,10 @@ class TrainingRun:
             await self._commit()
 
     async def _mend_snapshot(self) -> None:
-        """Write the served snapshot again if a replica has found it damaged."""
-        if self.publisher.is_damaged():
-            logger.error("the snapshot of version %s is damaged on disk; it is written again", self.version)
+        """Write a snapshot of the announced version if a replica cannot reach it."""
+        if await self.publications.mend():
+            logger.error("a replica could not reach version %s; a snapshot of it was written", self.version)
             self.events.write("snapshot_mended", step=self.version.step)
-            await self._on_disk(self._publish)
 
     async def _on_disk(self, write: Callable[[], object]) -> None:
         """Do it in a thread; a disk that is full pauses the run, and `progress` says so."""
@@ -218,8 +222,19 @@ class TrainingRun:
         await despite_full_disk(write, say_full)
         self.progress.state = state
 
-    def _publish(self) -> WeightManifest:
-        return self.publisher.publish(self.learner.model, self.version)
+    async def _publish(self) -> None:
+        """Publish this version and wait until it is announced."""
+        await self.publications.begin(self.learner.model, self.version)
+        await self.publications.finished()
+
+    async def _begin_publication(self) -> tuple[float, float] | None:
+        """Publish this version, beside what comes next where replicas need not wait for it; returns when one was published.
+
+        The publication before has ended by then, and it is that one's interval if this one goes on.
+        """
+        before = await self.publications.finished()
+        await self.publications.begin(self.learner.model, self.version)
+        return before if self.recipe.train.max_staleness else await self.publications.finished()
 
     def _checkpoint(self) -> None:
         fault("trainer.before_checkpoint")
@@ -267,9 +282,9 @@ def _indices(groups: Iterable[Judged]) -> tuple[int, ...]:
 
 
 def _intervals(
-    answers: Sequence[Answer], training: tuple[float, float], push: tuple[float, float]
+    answers: Sequence[Answer], training: tuple[float, float], push: tuple[float, float] | None
 ) -> dict[str, list[tuple[float, float]]]:
-    generation, reward, pulls = [], [], [push]
+    generation, reward, pulls = [], [], [push] if push else []
     for answer in answers:
         group, scored = answer.scored.group, answer.scored
         generation.append((group.started_at, group.started_at + group.generation_s))

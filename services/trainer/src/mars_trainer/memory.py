@@ -85,6 +85,7 @@ def needs(recipe: Recipe, shape: ModelShape, *, sources: int) -> Iterator[Need]:
     yield Need("trainer", "fp32 masters", MASTER_BYTES * parameters)
     yield Need("trainer", "gradients", MASTER_BYTES * parameters)
     yield Need("trainer", "AdamW state", ADAM_BYTES * parameters)
+    yield Need("trainer", "copy of the published weights", served * parameters)
     if train.beta > 0:
         yield Need("trainer", "reference policy, for the KL", MASTER_BYTES * parameters)
     per_token = ACTIVATION_VALUES_PER_HIDDEN * served * shape.layers * shape.hidden
@@ -94,12 +95,13 @@ def needs(recipe: Recipe, shape: ModelShape, *, sources: int) -> Iterator[Need]:
     members = rollout.num_generations + sources * rollout.num_mono
     tokens = rollout.concurrent_groups * members * recipe.model.max_model_len
     yield Need("each replica", "weights", served * parameters)
+    yield Need("each replica", "copy of the weights, in the host's memory or on disk", served * parameters)
     if rollout.kv_cache_mib is None:
         yield Need("each replica", f"key-value cache of {tokens} tokens", served * shape.kv_values_per_token * tokens)
     else:
         yield Need("each replica", "key-value cache, as rollout.kv_cache_mib says", rollout.kv_cache_mib << 20)
     checkpoint = (MASTER_BYTES + ADAM_BYTES) * parameters
     # The oldest goes once the next is written.
-    kept, shots = train.keep_checkpoints, train.keep_snapshots
+    kept, shots = train.keep_checkpoints, recipe.weights.keep_snapshots
     yield Need("disk", f"{kept} checkpoints, and the next while it is written", (kept + 1) * checkpoint)
     yield Need("disk", f"{shots} snapshots, and the next while it is written", (shots + 1) * served * parameters)

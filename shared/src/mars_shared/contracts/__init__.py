@@ -29,7 +29,7 @@ from mars_shared.contracts.rollout import (
     expected_members,
     sampling_seed,
 )
-from mars_shared.contracts.weights import WeightFile, WeightManifest
+from mars_shared.contracts.weights import WeightFile, WeightIdentity, WeightManifest, WeightsKind
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -61,7 +61,9 @@ __all__ = [
     "VersionSpan",
     "View",
     "WeightFile",
+    "WeightIdentity",
     "WeightManifest",
+    "WeightsKind",
     "expected_members",
     "sampling_seed",
 ]

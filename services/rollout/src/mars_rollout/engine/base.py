@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
 
-from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
+from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightIdentity
 
 BASE_VERSION = PolicyVersion(incarnation=0, step=0)
 BASE_WEIGHTS_ID = "base"
@@ -85,11 +86,19 @@ class Engine(Protocol):
             NotReadyError: the engine is dead or dropped the request.
         """
 
-    async def update(self, manifest: WeightManifest, folder: Path) -> None:
-        """Apply a verified snapshot in place, in one step.
+    async def update(self, weights: WeightIdentity, files: Sequence[Path]) -> dict[str, float]:
+        """Take all tensors from verified safetensors files, in place and in one step; returns seconds by stage.
 
         Raises:
-            IntegrityError: the snapshot does not fit the model; the engine is unusable then.
+            IntegrityError: the tensors don't fit the model; it serves what it served before.
+            NotReadyError: the engine is dead, maybe of this update.
+        """
+
+    async def compare(self, files: Sequence[Path]) -> None:
+        """Compare the weights that answer with safetensors files, bit by bit.
+
+        Raises:
+            IntegrityError: which tensors differ.
             NotReadyError: the engine is dead.
         """
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from mars_rollout.engine.base import BASE_VERSION, BASE_WEIGHTS_ID, EngineAnswer, EngineCompletion, EngineRequest
 from mars_rollout.engine.child import run_engine_core
 from mars_rollout.transfer import BACKEND
-from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightManifest
+from mars_shared.contracts import FinishReason, PolicyVersion, VersionSpan, WeightIdentity
 from mars_shared.errors import InputError, IntegrityError, NotReadyError
 from mars_shared.images import pixel_hash
 from mars_shared.settings import Recipe
@@ -91,15 +92,35 @@ class PolicyLLM(AsyncLLM):
         self.engine_core.add_request_async = self._tagged(self.engine_core.add_request_async)
         self.engine_core._call_utility_async = self._unless_dead(self.engine_core._call_utility_async)
 
-    async def apply_snapshot(self, files: list[str], version: str, weights_id: str) -> None:
-        """Change the weights between two forward passes; requests sent after this call carry the new tag."""
+    async def apply_weights(self, files: list[str], version: str, weights_id: str) -> dict[str, float]:
+        """Change the weights between two forward passes; requests sent after this call carry the new tag.
+
+        Returns seconds by stage. A change that fails before anything was written leaves a tag of its own behind,
+        which costs cached values and nothing else.
+        """
+        async with self._between_steps():
+            # The tag changes with the very message: the engine handles messages in the order sent.
+            before, self._tag = self._tag, f"{next(self._updates)}-{weights_id}"
+            try:
+                seconds: dict[str, float] = await self.engine_core.call_utility_async("apply_weights", files, version)
+            except BaseException:
+                self._tag = f"{next(self._updates)}-{before.partition('-')[2]}"
+                raise
+        return seconds
+
+    async def compare_weights(self, files: list[str]) -> None:
+        """Compare the weights with safetensors files; raises what differs."""
+        async with self._between_steps():
+            await self.engine_core.call_utility_async("compare_weights", files)
+
+    @asynccontextmanager
+    async def _between_steps(self) -> AsyncIterator[None]:
+        """Where the next step is scheduled while one runs, requests are held meanwhile."""
         overlapping = self.vllm_config.scheduler_config.async_scheduling
         if overlapping:
             await self.pause_generation(mode="keep", clear_cache=False)
         try:
-            # The tag changes with the very message: the engine handles messages in the order sent.
-            self._tag = f"{next(self._updates)}-{weights_id}"
-            await self.engine_core.call_utility_async("apply_snapshot", files, version)
+            yield
         finally:
             if overlapping:
                 await self.resume_generation()
@@ -143,7 +164,7 @@ class VllmEngine:
 
     Example:
         engine = await VllmEngine.start(recipe)
-        await engine.update(manifest, store.verify(manifest))
+        await engine.update(manifest, files)
         answer = await engine.generate(request)
     """
 
@@ -206,21 +227,25 @@ class VllmEngine:
             _pixel_hashes(engine_input) if request.hash_pixels else None,
         )
 
-    async def update(self, manifest: WeightManifest, folder: Path) -> None:
-        files = [str(folder / file.name) for file in manifest.files if file.name.endswith(".safetensors")]
-        changed = False
+    async def update(self, weights: WeightIdentity, files: Sequence[Path]) -> dict[str, float]:
+        version, names = str(weights.version), [str(file) for file in files]
+        finished = False
         try:
-            await self.llm.apply_snapshot(files, str(manifest.version), manifest.weights_id)
-            changed = True
-        except EngineDeadError as error:
-            raise NotReadyError("the engine died while its weights changed") from error
-        except Exception as error:  # vLLM reports a failed call by no narrower class
-            raise IntegrityError(f"weights {manifest.version} in {folder} cannot be applied: {error}") from error
+            with _failures(f"weights {version} cannot be applied"):
+                seconds = await self.llm.apply_weights(names, version, weights.weights_id)
+            finished = True
+        except IntegrityError:
+            finished = True
+            raise
         finally:
-            # After a change that failed or was cut off nobody knows which weights the engine holds.
-            self._whole = self._whole and changed
-        self._version = manifest.version
-        self._weights_id = manifest.weights_id
+            # Cut off, nobody knows which weights the engine holds.
+            self._whole = self._whole and finished
+        self._version, self._weights_id = weights.version, weights.weights_id
+        return seconds
+
+    async def compare(self, files: Sequence[Path]) -> None:
+        with _failures(f"the engine's weights are not those of {self._version}"):
+            await self.llm.compare_weights([str(file) for file in files])
 
     async def shutdown(self) -> None:
         await asyncio.to_thread(self.llm.shutdown, SHUTDOWN_S)
@@ -237,6 +262,16 @@ def sampling_params(request: EngineRequest) -> SamplingParams:
         logprobs=0,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+@contextmanager
+def _failures(what: str) -> Iterator[None]:
+    try:
+        yield
+    except EngineDeadError as error:
+        raise NotReadyError("the engine died over its weights") from error
+    except Exception as error:  # vLLM reports a failed call by no narrower class
+        raise IntegrityError(f"{what}: {error}") from error
 
 
 def _pixel_hashes(engine_input: Any) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Tensors as integers: checksums, deltas and files of them. Needs the extra `mars-shared[weights]`."""
