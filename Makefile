@@ -35,7 +35,7 @@ verify: setup ## long checks, hours: the demo's promises; every fault point; one
 	@.venv/bin/python benchmarks/commit_cost.py
 	@.venv/bin/python benchmarks/verify_algorithms.py
 
-bench-weights: setup ## what it takes to send changed weights, against other ways; writes benchmarks/results/weights.json (about half an hour)
+bench-weights: setup ## what it takes to send changed weights, against other ways; writes benchmarks/results/weights.json (about ten minutes)
 	@.venv/bin/python benchmarks/bench_weights.py
 
 warm-start: setup ## make models/tiny again from nothing (about 13 minutes on two cores)

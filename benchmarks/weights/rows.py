@@ -125,7 +125,7 @@ class Comparison:
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Lines for people; a ratio is of bytes, full copy over codec."""
     heads = ["task", "params", "lr", "codec", "changed", "bytes/param", "ratio", "diff+enc GB/s", "dec+apply GB/s"]
-    heads += [f"{stage} ms" for stage in STAGES] + ["stall ms", "write ms", "exact"]
+    heads += [f"{stage} ms" for stage in STAGES] + ["stall ms", "load + repack ms", "exact"]
     cells = [heads, *(_cells(row, rows) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
     for line in cells:
