@@ -141,6 +141,9 @@ class Shelf:
     def needs_snapshot(self) -> bool:
         return False
 
+    def needs_upload(self) -> bool:
+        return False
+
 
 def make_run(
     folder: Path,

@@ -23,7 +23,7 @@ from mars_shared.weights.bits.mirror import Mirror
 from mars_shared.weights.source import open_source
 from mars_trainer import publication
 from mars_trainer.publication import Publications
-from mars_trainer.publish import Publisher, policy_tensors
+from mars_trainer.publish import SNAPSHOT_FILE, Publisher, policy_tensors
 from test_publish import Tied, expected, holds, make_recipe, version
 
 
@@ -53,6 +53,9 @@ class Slow:
 
     def needs_snapshot(self) -> bool:
         return True
+
+    def needs_upload(self) -> bool:
+        return False
 
     def mend(self) -> None:
         self.mended = True
@@ -144,6 +147,33 @@ async def test_an_upload_is_tried_until_its_place_answers(
     slow.go.set()
     await publications.begin(MODEL, version(1))
     await publications.finished()
+    assert slow.unavailable == 0
+
+
+async def test_what_is_damaged_at_the_url_alone_is_uploaded_again_without_a_new_version(
+    tmp_path: Path, clean_environment: pytest.MonkeyPatch
+) -> None:
+    url = f"file://{tmp_path / 'remote'}"
+    publisher = Publisher(make_recipe(tmp_path, url=url), WeightsStore(tmp_path / "weights"))
+    publications, source = Publications(publisher, on_disk), open_source(url, tmp_path)
+    await publications.begin(Tied(), version(0))
+    await publications.finished()
+    head = await source.head()
+    assert head is not None
+    file = tmp_path / "remote" / head.folder_name / SNAPSHOT_FILE
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    await source.complain(head)
+    assert not await publications.mend(), "the store's own snapshot is whole"
+    assert file.read_bytes() == whole and await source.manifests() == [head]
+
+
+async def test_a_mended_snapshot_is_uploaded_once_its_place_answers(
+    publications: Publications, slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publication, "UPLOAD_AGAIN_S", 0.01)
+    slow.unavailable = 2
+    assert await publications.mend() and slow.mended
     assert slow.unavailable == 0
 
 

@@ -253,6 +253,9 @@ class Quiet:
     def needs_snapshot(self) -> bool:
         return False
 
+    def needs_upload(self) -> bool:
+        return False
+
 
 def make_run(place: Path, learner: Learner, sampler: Sampler, folder: Path) -> TrainingRun:
     recipe, blobs = load_recipe(place / "recipe.toml"), sampler.blobs

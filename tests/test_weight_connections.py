@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,33 @@ async def test_a_source_that_brings_nothing_is_given_up_and_gone_on_with_later(
         await source.aclose()
     assert ranges(proxy.requests) == ["bytes=5000000-"]
     assert (tmp_path / "mine").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body"),
+    [(206, {"Content-Range": "bytes 0-{last}/{size}"}, b""), (200, {}, CONTENT[:1000])],
+    ids=["a range without bytes", "a part as the whole"],
+)
+async def test_answers_that_end_early_without_saying_so_are_given_up(
+    manifest: WeightManifest, tmp_path: Path, status: int, headers: dict[str, str], body: bytes
+) -> None:
+    """Some proxies do that; nothing has a length, so that nothing is missed by the connection."""
+    asked: list[httpx.Request] = []
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield body
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        said = {name: text.format(last=len(CONTENT) - 1, size=len(CONTENT)) for name, text in headers.items()}
+        return httpx.Response(status, headers=said, content=pieces())
+
+    source = HttpSource("http://trainer:8300", KEY)
+    source._client = httpx.AsyncClient(base_url="http://trainer:8300/v1/weights/", transport=httpx.MockTransport(answer))
+    with pytest.raises(WeightsUnavailableError, match=f"the answer ended after {len(body)} bytes"):
+        await source.fetch(manifest, manifest.files[0], tmp_path / "mine")
+    assert len(asked) == TRIES + bool(body)
+    await source.aclose()
 
 
 async def test_nobody_listening_is_unavailable(manifest: WeightManifest, tmp_path: Path) -> None:

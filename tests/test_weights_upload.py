@@ -92,6 +92,25 @@ def test_an_upload_that_was_cut_off_announces_nothing_and_is_gone_on_with(
     assert files(remote) == files(tmp_path / "store")
 
 
+def test_a_version_is_announced_before_its_snapshot_is_carried(
+    store: WeightsStore, uploader: Uploader, remote: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = publish_snapshot(store, weights(0))
+    uploader.upload()
+    delta = publish_delta(store, weights(1), base)
+    publish_snapshot(store, weights(1), announce=False)
+    upload, announced = uploader._remote.upload, {}
+
+    def noting(file: Path, name: str) -> None:
+        announced[name] = (remote / "HEAD").read_text()
+        upload(file, name)
+
+    monkeypatch.setattr(uploader._remote, "upload", noting)
+    uploader.upload()
+    before, after = base.model_dump_json(), delta.model_dump_json()
+    assert list(announced.values()) == [before, after]
+
+
 def test_a_publication_that_is_damaged_in_the_store_is_not_uploaded_and_complained_about(
     store: WeightsStore, uploader: Uploader, remote: Path
 ) -> None:

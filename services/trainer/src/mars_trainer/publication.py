@@ -59,12 +59,19 @@ class Publications:
             self._task.result()
 
     async def mend(self) -> bool:
-        """Publish a snapshot if a reader found that nothing leads to the announced version; whether that was so."""
+        """Publish a snapshot if a reader found that nothing leads to the announced version; whether that was so.
+
+        What is damaged at the recipe's URL alone is uploaded again.
+        """
         self.check()
-        if (self._task is not None and not self._task.done()) or not self._publisher.needs_snapshot():
+        if self._task is not None and not self._task.done():
             return False
-        await self._on_disk(self._publisher.mend)
-        return True
+        mended = await asyncio.to_thread(self._publisher.needs_snapshot)
+        if mended:
+            await self._on_disk(self._publisher.mend)
+        if mended or self._publisher.needs_upload():
+            await self._upload()
+        return mended
 
     async def _publish(self, model: nn.Module, version: PolicyVersion) -> tuple[float, float]:
         began = time.time()

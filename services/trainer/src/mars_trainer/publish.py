@@ -107,13 +107,15 @@ class Publisher:
             self._uploader.upload()
 
     def mend(self) -> WeightManifest:
-        """Publish a snapshot of what is announced: a reader found that nothing leads there any more."""
-        manifest = self._publish_snapshot(announce=True)
-        self.upload()
-        return manifest
+        """Publish a snapshot of what is announced, for `upload` to bring on its way: a reader found that nothing leads there."""
+        return self._publish_snapshot(announce=True)
+
+    def needs_upload(self) -> bool:
+        """Whether readers of the recipe's URL found something damaged there that is whole here; known after `needs_snapshot`."""
+        return self._uploader is not None and self._uploader.lacking
 
     def needs_snapshot(self) -> bool:
-        """Whether a reader complained that it cannot reach the announced version, and rightly."""
+        """Whether a reader complained that it cannot reach the announced version, and rightly. Asks the recipe's URL."""
         if self._uploader is not None:
             try:
                 self._uploader.collect()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from mars_shared.contracts import WeightManifest
+from mars_shared.contracts import WeightManifest, WeightsKind
 from mars_shared.errors import ConfigError, FencedError, InputError, IntegrityError
 from mars_shared.weights import COMPLAINT, MANIFEST, READER_S, WeightsStore
 from mars_shared.weights.publications import FOLDER, HEAD, parse_manifest
@@ -45,6 +45,8 @@ class Uploader:
         self._store = store
         self._remote = RemoteFolder(url)
         self._whole: dict[str, WeightManifest] = {}
+        self.lacking = False
+        """Whether readers complained of something that the next `upload` brings again."""
         self._beats: dict[str, tuple[bytes, float]] = {}
 
     def collect(self) -> None:
@@ -63,6 +65,7 @@ class Uploader:
             if manifest.weights_id.encode() == complaint:
                 logger.warning("a reader of %s cannot reach weights %s", self._remote.shown_url, manifest.version)
                 self._whole.pop(manifest.folder_name, None)
+                self.lacking = True
                 self._remote.remove(f"{manifest.folder_name}/{MANIFEST}")
                 self._store.complain(manifest)
         self._remote.remove(COMPLAINT)
@@ -70,7 +73,7 @@ class Uploader:
     def upload(self) -> Uploaded:
         """Add the publications that are lacking, announce HEAD, then remove what the store holds no more; idempotent.
 
-        A publication that is damaged in the store is left out, and complained about there.
+        HEAD is announced as soon as a way to it is there: replicas that follow do not wait for a snapshot. A publication that is damaged in the store is left out, and complained about there.
 
         Raises:
             ConfigError: the URL holds the weights of another run.
@@ -81,14 +84,19 @@ class Uploader:
             return Uploaded((), (), 0)
         announced = self._announced(head)
         there = {name for name in self._remote.names() if FOLDER.fullmatch(name)}
-        added = [manifest for manifest in manifests if not self._is_there(manifest, there) and self._add(manifest)]
-        if announced != head and any(m.weights_id == head.weights_id and m.folder_name in self._whole for m in manifests):
-            self._remote.write(HEAD, head.model_dump_json().encode())
+        added: list[WeightManifest] = []
+        for kind in (WeightsKind.DELTA, WeightsKind.SNAPSHOT):
+            of_kind = [manifest for manifest in manifests if manifest.kind is kind]
+            added += [manifest for manifest in of_kind if not self._is_there(manifest, there) and self._add(manifest)]
+            if announced != head and self._can_be_reached(head):
+                self._remote.write(HEAD, head.model_dump_json().encode())
+                announced = head
+        self.lacking = False
         removed = sorted(there - {manifest.folder_name for manifest in manifests})
         for folder in removed:
             self._remote.remove(f"{folder}/{MANIFEST}")  # out of sight first
             self._remote.remove(folder)
-        return Uploaded(tuple(m.folder_name for m in added), tuple(removed), sum(m.size_bytes for m in added))
+        return Uploaded(tuple(m.folder_name for m in manifests if m in added), tuple(removed), sum(m.size_bytes for m in added))
 
     def _announced(self, head: WeightManifest) -> WeightManifest | None:
         text = self._remote.read(HEAD)
@@ -105,6 +113,11 @@ class Uploader:
                 "another trainer has taken over; end this one"
             )
         return announced
+
+    def _can_be_reached(self, head: WeightManifest) -> bool:
+        """Whether the weights are there, and a snapshot with which newcomers begin."""
+        there = self._whole.values()
+        return any(m.weights_id == head.weights_id for m in there) and any(m.kind is WeightsKind.SNAPSHOT for m in there)
 
     def _is_there(self, manifest: WeightManifest, there: set[str]) -> bool:
         name = manifest.folder_name

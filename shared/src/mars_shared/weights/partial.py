@@ -126,7 +126,7 @@ async def fetch_file(manifest: WeightManifest, file: WeightFile, target: Path, a
 
     Args:
         add: asks the source for what comes after the partial's end and writes it; asked again, after a pause that
-            grows, when it raises WeightsUnavailableError.
+            grows, when it raises WeightsUnavailableError or the answer ends early.
 
     Raises:
         IntegrityError: size or hash differ, or (WeightsMissingError) the file is not in the store.
@@ -138,8 +138,10 @@ async def fetch_file(manifest: WeightManifest, file: WeightFile, target: Path, a
             before = partial.size_bytes
             try:
                 await add(partial)
+                if not partial.is_whole:
+                    raise WeightsUnavailableError(f"{target.name}: the answer ended after {partial.size_bytes} bytes")
             except WeightsUnavailableError as error:
-                fruitless, pause_s = (fruitless + 1, longer(pause_s)) if partial.size_bytes == before else (0, FIRST_PAUSE_S)
+                fruitless, pause_s = (0, FIRST_PAUSE_S) if partial.size_bytes > before else (fruitless + 1, longer(pause_s))
                 if fruitless == TRIES:
                     raise
                 logger.warning("%s has come to %d of %d bytes: %s", target.name, partial.size_bytes, file.size_bytes, error)
