@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -86,6 +88,40 @@ async def test_openai_requests_see_no_stale_vision_either(engine: Engine, run_fo
             assert response.status_code == 200, response.text
             first_logprobs.append(response.json()["choices"][0]["logprobs"]["content"][0]["logprob"])
     assert first_logprobs[0] == first_logprobs[2] != first_logprobs[1]
+
+
+async def test_no_request_carries_the_new_tag_before_the_change_is_on_its_way(engine: Engine, history: History) -> None:
+    """Answered by the old weights, its values would be found under the new ones' name. Requests come in every turn of the loop."""
+    llm: Any = engine.llm  # type: ignore[attr-defined]
+    core, sent = llm.engine_core, []
+    send_message, before = core._send_input_message, llm._tag
+
+    def note_message(message: tuple[bytes, ...], identity: bytes) -> Any:
+        sent.append(message[0])
+        return send_message(message, identity)
+
+    async def note_request(request: Any) -> None:
+        sent.append(request.cache_salt.rstrip("/"))
+
+    async def ask_in_every_turn() -> None:
+        tagged = llm._tagged(note_request)
+        while True:
+            await tagged(SimpleNamespace(cache_salt=None, mm_features=(), external_req_id="x", priority=0))
+            await asyncio.sleep(0)
+
+    core._send_input_message = note_message
+    try:
+        asking = asyncio.create_task(ask_in_every_turn())
+        await asyncio.sleep(0.01)
+        await engine.update(history.manifests[5], history.files(5))
+        asking.cancel()
+    finally:
+        del core._send_input_message
+    from vllm.v1.engine import EngineCoreRequestType
+
+    changed = sent.index(EngineCoreRequestType.UTILITY.value)
+    assert changed > 0 and set(sent[:changed]) == {before}
+    assert set(sent[changed + 1 :]) == {llm._tag} and len(sent) > changed + 2
 
 
 async def test_a_request_in_flight_goes_on_over_a_change_and_says_so(

@@ -138,25 +138,22 @@ class PolicyLLM(AsyncLLM):
 
     def _unless_dead(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def call_unless_dead(*arguments: Any, **options: Any) -> Any:
-            return await answer_or_death(call(*arguments, **options), lambda: self.errored)
+            watching = asyncio.create_task(self._end_calls_with_the_core())
+            try:
+                # Not in a task of its own: the message is on its way before anything else runs.
+                return await call(*arguments, **options)
+            finally:
+                watching.cancel()
 
         return call_unless_dead
 
-
-async def answer_or_death(call: Awaitable[T], is_dead: Callable[[], bool]) -> T:
-    """What the engine's core answers; of calls that were under way when it died vLLM would wait for ever.
-
-    Raises:
-        EngineDeadError: the core died before it answered.
-    """
-    answering = asyncio.ensure_future(call)
-    try:
-        while not (await asyncio.wait({answering}, timeout=DEATH_POLL_S))[0]:
-            if is_dead():
-                raise EngineDeadError
-        return answering.result()
-    finally:
-        answering.cancel()
+    async def _end_calls_with_the_core(self) -> None:
+        """Of calls that were under way when the engine's core died vLLM would wait for ever."""
+        while not self.errored:  # noqa: ASYNC110  # another process dies
+            await asyncio.sleep(DEATH_POLL_S)
+        for answer in list(self.engine_core.utility_results.values()):
+            if not answer.done():
+                answer.set_exception(EngineDeadError())
 
 
 class VllmEngine:
