@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from weights.codecs import CODECS, WeightCodec
-from weights.rows import STAGES
+from weights.rows import STAGES, Row, promises
 from weights.stall import stalls
 
 KEYS = {
@@ -31,7 +31,8 @@ def rows(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
     command = [sys.executable, root / "benchmarks" / "bench_weights.py", "--quick", "--out", out]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("delta") == 3, "a line of the table per learning rate"
+    assert done.stdout.count(" delta ") == 3, "a line of the table per learning rate"
+    assert "kept: every receiver of every codec holds the very bits" in done.stdout
     return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
@@ -40,6 +41,29 @@ def test_there_is_a_row_for_every_learning_rate_and_codec(rows: list[dict[str, A
     assert cases == [(lr, codec.name) for lr in (1e-6, 1e-5, 1e-4) for codec in CODECS]
     assert all(row.keys() == KEYS and row["seconds"].keys() >= set(STAGES) for row in rows)
     assert {(row["task"], row["stall_ms"], row["write_ms"]) for row in rows} == {("training", None, None)}
+
+
+def row(**changes: Any) -> Row:
+    named = {
+        "task": "training",
+        "params": 22_000_000,
+        "lr": 1e-6,
+        "codec": "delta",
+        "versions": 50,
+        "changed": 0.01,
+        "exact": True,
+    }
+    measured = {"bytes_per_param": 0.06, "diff_encode_gb_s": 1.5, "decode_apply_gb_s": 3.0, "stall_ms": 170.0, "write_ms": 100.0}
+    return Row(**named, **{**measured, **changes}, seconds={})
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{}, {"bytes_per_param": 0.061}, {"diff_encode_gb_s": 1.49}, {"decode_apply_gb_s": 2.9}, {"stall_ms": 170.1}],
+    ids=str,
+)
+def test_a_promise_that_is_not_kept_is_named(broken: dict[str, float]) -> None:
+    assert [kept for _, kept in promises([row(**broken)])].count(False) == len(broken)
 
 
 def test_every_replica_holds_the_very_bits_however_it_came(rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,22 @@ def test_steps_of_64_bits_take_ten_bytes_at_most() -> None:
     gaps, steps = inflated(encoded)
     assert gaps.hex(" ") == "e7 07"  # 999 = 7 * 128 + 103
     assert steps.hex() == "fe" + "ff" * 8 + "01"
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    """Contexts of the compression are used again, by their own thread alone."""
+
+    def there_and_back(seed: int) -> bool:
+        random = np.random.default_rng(seed)
+        old = random.integers(0, 1 << 16, 300_000, np.uint16)
+        new = old + (random.random(old.size) < 0.2).astype(np.uint16) * random.integers(1, 9, old.size, np.uint16)
+        encoded, _ = encode(old, new)
+        assert encoded is not None
+        apply(old, encoded)
+        return bool(np.array_equal(old, new))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(there_and_back, range(40)))
 
 
 def test_what_does_not_pay_is_stored_whole_and_cannot_be_undone() -> None:

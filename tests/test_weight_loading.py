@@ -191,6 +191,6 @@ def test_an_engine_whose_weights_cannot_be_written_whole_ends(
 @pytest.mark.engine
 def test_what_does_not_fit_never_comes_to_a_write(transfer: ModuleType, tmp_path: Path) -> None:
     core, files = Core(failures=0), file_of({"embed": torch.ones(ROWS, 3)}, tmp_path / "file")
-    with pytest.raises(ValueError, match="qk: 0 of 36"):
-        transfer.apply_weights(core, files, "1.1")
+    refused = transfer.apply_weights(core, files, "1.1")
+    assert isinstance(refused, str) and "qk: 0 of 36" in refused
     assert core.label == "0.0" and not contents(core.model).any()

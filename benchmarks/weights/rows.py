@@ -132,6 +132,20 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
 
 
+def promises(rows: Iterable[Row]) -> Iterator[tuple[str, bool]]:
+    """What is promised of the deltas in these rows, and whether it is kept: (sentence, kept)."""
+    yield "every receiver of every codec holds the very bits", all(row.exact for row in rows)
+    for row in (row for row in rows if row.codec == "delta"):
+        what = f"{row.params / 1e6:.0f} M parameters, {row.task}, lr {row.lr:g}"
+        if row.lr <= 1e-6 and row.params >= 20_000_000:
+            yield f"{what}: {row.bytes_per_param:.4f} bytes a parameter, at most 0.06", row.bytes_per_param <= 0.06
+            yield f"{what}: diff and encode {row.diff_encode_gb_s:.2f} GB/s, at least 1.5", row.diff_encode_gb_s >= 1.5
+            yield f"{what}: decode and apply {row.decode_apply_gb_s:.2f} GB/s, at least 3", row.decode_apply_gb_s >= 3
+        if row.stall_ms is not None and row.write_ms is not None:
+            bound_ms = 1.2 * row.write_ms + 50
+            yield f"{what}: generation stalls {row.stall_ms:.0f} ms, at most {bound_ms:.0f}", row.stall_ms <= bound_ms
+
+
 def write_json(rows: Iterable[Row], path: Path) -> None:
     """A list with an object per row."""
     path.parent.mkdir(parents=True, exist_ok=True)

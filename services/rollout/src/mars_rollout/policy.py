@@ -91,10 +91,17 @@ class Policy:
 
     async def follow(self) -> None:
         """Fetch every announced version, and apply it as soon as no held group is against it; runs until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._stay_registered())
+            while True:
+                await self.look()
+                if not self.current:
+                    await self._follow_head()
+                await asyncio.sleep(POLL_S)
+
+    async def _stay_registered(self) -> None:
+        """Beside fetches, which may take longer than silence is suffered."""
         while True:
-            await self.look()
-            if not self.current:
-                await self._follow_head()
             await self._puller.stay_registered()
             await asyncio.sleep(POLL_S)
 
@@ -258,6 +265,12 @@ class Policy:
             except WeightsUnavailableError as error:
                 self._say(str(error))
                 arrival = None
+            except OSError as error:
+                self._say(
+                    f"weights {head.version} cannot be kept in the scratch folder ({error}); make room, or set weights.scratch"
+                )
+                arrival = None
+                await asyncio.sleep(COMPLAINT_S)
             yield arrival
 
     def _refuse(self, head: WeightManifest, reason: str, why: str) -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from mars_rollout.metrics import count_fetched, count_refused, count_stages
 from mars_shared.contracts import WeightIdentity, WeightManifest
-from mars_shared.errors import IntegrityError, NoRouteError, WeightsUnavailableError
+from mars_shared.errors import InputError, IntegrityError, NoRouteError, WeightsUnavailableError
 from mars_shared.weights.bits.mirror import Mirror
 from mars_shared.weights.route import Hop, HopKind, Route, plan_route
 from mars_shared.weights.source import WeightSource
@@ -61,6 +61,7 @@ class Puller:
         Raises:
             IntegrityError: what is published does not lead there; the mirror holds what it held, or nothing.
             WeightsUnavailableError: the source does not answer.
+            OSError: the scratch folder is full, say.
         """
         async with self._lock:
             if self._weights_id != weights.weights_id:
@@ -86,7 +87,7 @@ class Puller:
         self._registered_s = time.monotonic()
         try:
             await self._source.register(self._replica, self._weights_id)
-        except WeightsUnavailableError as error:
+        except (InputError, IntegrityError, WeightsUnavailableError) as error:
             logger.warning("%s", error)
 
     @property
@@ -98,7 +99,9 @@ class Puller:
         seconds: defaultdict[str, float] = defaultdict(float)
         bad: dict[str, IntegrityError] = {}
         while self._weights_id != weights.weights_id:
-            await self._go(await self._plan(weights, bad, seconds), bad, seconds)
+            route = await self._plan(weights, bad, seconds)
+            await asyncio.to_thread(self._forget_others, route)
+            await self._go(route, bad, seconds)
         if self._verify == "full":
             await asyncio.to_thread(self._mirror.verify_full)
         count_stages(seconds)
@@ -116,6 +119,13 @@ class Puller:
             raise
         finally:
             seconds["plan"] += time.perf_counter() - began
+
+    def _forget_others(self, route: Route) -> None:
+        """Remove what came, whole or in part, of publications that are not on the way any more."""
+        wanted = {hop.manifest.folder_name for hop in route.hops if hop.manifest}
+        for folder in self._fetched.iterdir():
+            if folder.name not in wanted:
+                shutil.rmtree(folder)
 
     async def _go(self, route: Route, bad: dict[str, IntegrityError], seconds: defaultdict[str, float]) -> None:
         """Make a route's hops, up to one whose publication turns out to be bad."""

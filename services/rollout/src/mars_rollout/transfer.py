@@ -54,18 +54,22 @@ def register() -> None:
     EngineCore.compare_weights = compare_weights
 
 
-def apply_weights(core: EngineCore, files: list[str], version: str) -> dict[str, float]:
+def apply_weights(core: EngineCore, files: list[str], version: str) -> dict[str, float] | str:
     """Load safetensors files into every worker and set the version's label; runs inside the engine's loop.
 
-    Returns seconds by stage: "rehearse", "write", "pack".
+    Returns seconds by stage, "rehearse", "write" and "pack"; or why the tensors don't fit, and nothing was written.
 
     Raises:
-        Exception: the tensors don't fit; nothing was written. After a failure in mid-write all is written again,
-            and if that fails too the engine's process ends: a mixture never answers.
+        Exception: nobody knows which weights the engine holds. (After a failure in mid-write all is written again, and if
+            that fails too the engine's process ends: a mixture never answers.)
     """
     began = time.perf_counter()
     core.collective_rpc("start_weight_update")
-    _update(core, files, REHEARSE)
+    try:
+        _update(core, files, REHEARSE)
+    except Exception as error:
+        logger.exception("weights %s do not fit; nothing was written", version)
+        return f"{type(error).__name__}: {error}"
     rehearsed = time.perf_counter()
     try:
         seconds = _write_and_pack(core, files)

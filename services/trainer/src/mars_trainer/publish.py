@@ -84,8 +84,8 @@ class Publisher:
         """
         weights, delta = self._held(), self._delta
         self._delta = None  # whatever happens to it, a snapshot does as well
-        manifest = None
-        if delta is not None and delta.pays(self._snapshot_bytes):
+        manifest = self._announced(weights)  # by an earlier call, which failed afterwards
+        if manifest is None and delta is not None and delta.pays(self._snapshot_bytes):
             manifest = delta.publish(weights)
         if manifest is None or self._snapshot_is_due():
             snapshot = self._publish_snapshot(announce=manifest is None)
@@ -154,6 +154,10 @@ class Publisher:
         except OSError:
             self._store.sweep()  # what did not fit must not keep room from the next attempt
             raise
+
+    def _announced(self, weights: WeightIdentity) -> WeightManifest | None:
+        head = self._store.head()
+        return head if head is not None and head.weights_id == weights.weights_id else None
 
     def _snapshot_is_due(self) -> bool:
         """Whether so many deltas follow the newest snapshot that a newcomer would read too much."""

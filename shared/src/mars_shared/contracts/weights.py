@@ -62,6 +62,10 @@ class WeightManifest(WeightIdentity):
             raise ValueError(f"a {self.kind} has {'no ' if self.base is None else 'a '}base; expected one exactly for a delta")
         if self.base is not None and (self.base.model, self.base.dtype) != (self.model, self.dtype):
             raise ValueError("a delta's base is of another model or dtype")
+        if self.base is not None and len(self.files) != 1:
+            raise ValueError(f"a delta has {len(self.files)} files; expected one")
+        if len({file.name for file in self.files}) != len(self.files):
+            raise ValueError("a file is listed twice")
         if self.invertible and self.base is None:
             raise ValueError("a snapshot leads back to nothing")
         return self

@@ -20,7 +20,7 @@ from mars_shared.patience import FIRST_PAUSE_S, longer
 logger = logging.getLogger(__name__)
 
 TRIES = 5
-"""Attempts in a row without a single byte, after which a source counts as unreachable."""
+"""Attempts in a row that come no further than earlier ones, after which a source counts as unreachable."""
 CHUNK_BYTES = 4 * 2**20
 
 T = TypeVar("T")
@@ -130,18 +130,18 @@ async def fetch_file(manifest: WeightManifest, file: WeightFile, target: Path, a
 
     Raises:
         IntegrityError: size or hash differ, or (WeightsMissingError) the file is not in the store.
-        WeightsUnavailableError: TRIES attempts in a row brought nothing; what came before stays for the next call.
+        WeightsUnavailableError: TRIES attempts in a row came no further; what came before stays for the next call.
     """
     with closing(await in_thread(Partial, manifest, file, target)) as partial:
-        pause_s, fruitless = FIRST_PAUSE_S, 0
+        pause_s, fruitless, most_bytes = FIRST_PAUSE_S, 0, partial.size_bytes
         while not partial.is_whole:
-            before = partial.size_bytes
             try:
                 await add(partial)
                 if not partial.is_whole:
                     raise WeightsUnavailableError(f"{target.name}: the answer ended after {partial.size_bytes} bytes")
             except WeightsUnavailableError as error:
-                fruitless, pause_s = (0, FIRST_PAUSE_S) if partial.size_bytes > before else (fruitless + 1, longer(pause_s))
+                fruitless, pause_s = (0, FIRST_PAUSE_S) if partial.size_bytes > most_bytes else (fruitless + 1, longer(pause_s))
+                most_bytes = max(most_bytes, partial.size_bytes)
                 if fruitless == TRIES:
                     raise
                 logger.warning("%s has come to %d of %d bytes: %s", target.name, partial.size_bytes, file.size_bytes, error)

@@ -95,18 +95,24 @@ class PolicyLLM(AsyncLLM):
     async def apply_weights(self, files: list[str], version: str, weights_id: str) -> dict[str, float]:
         """Change the weights between two forward passes; requests sent after this call carry the new tag.
 
-        Returns seconds by stage. A change that fails before anything was written leaves a tag of its own behind,
-        which costs cached values and nothing else.
+        Returns seconds by stage. A change that is refused leaves a tag of its own behind, which costs cached values and
+        nothing else.
+
+        Raises:
+            IntegrityError: the tensors don't fit; nothing was written.
+            Exception: nobody knows which weights the engine holds.
         """
         async with self._between_steps():
             # The tag changes with the very message: the engine handles messages in the order sent.
             before, self._tag = self._tag, f"{next(self._updates)}-{weights_id}"
             try:
-                seconds: dict[str, float] = await self.engine_core.call_utility_async("apply_weights", files, version)
+                answer: dict[str, float] | str = await self.engine_core.call_utility_async("apply_weights", files, version)
+                if isinstance(answer, str):
+                    raise IntegrityError(f"weights {version} do not fit the model: {answer}")
             except BaseException:
                 self._tag = f"{next(self._updates)}-{before.partition('-')[2]}"
                 raise
-        return seconds
+        return answer
 
     async def compare_weights(self, files: list[str]) -> None:
         """Compare the weights with safetensors files; raises what differs."""
@@ -226,17 +232,20 @@ class VllmEngine:
 
     async def update(self, weights: WeightIdentity, files: Sequence[Path]) -> dict[str, float]:
         version, names = str(weights.version), [str(file) for file in files]
-        finished = False
+        known = False
         try:
-            with _failures(f"weights {version} cannot be applied"):
-                seconds = await self.llm.apply_weights(names, version, weights.weights_id)
-            finished = True
+            seconds = await self.llm.apply_weights(names, version, weights.weights_id)
+            known = True
         except IntegrityError:
-            finished = True
+            known = True
             raise
+        except EngineDeadError as error:
+            raise NotReadyError("the engine died over its weights") from error
+        except Exception as error:  # vLLM reports a failed call by no narrower class
+            raise NotReadyError(f"the engine failed over weights {version} ({type(error).__name__}: {error})") from error
         finally:
-            # Cut off, nobody knows which weights the engine holds.
-            self._whole = self._whole and finished
+            # Cut off or failed, nobody knows which weights the engine holds.
+            self._whole = self._whole and known
         self._version, self._weights_id = weights.version, weights.weights_id
         return seconds
 
