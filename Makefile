@@ -36,7 +36,7 @@ verify: setup ## long checks, hours: the demo's promises; every fault point; one
 	@.venv/bin/python benchmarks/verify_algorithms.py
 
 bench-weights: setup ## what it takes to send changed weights, against other ways; writes benchmarks/results/weights.json (about ten minutes)
-	@.venv/bin/python benchmarks/bench_weights.py
+	@.venv/bin/python benchmarks/bench_weights.py $(if $(QUICK),--quick)
 
 warm-start: setup ## make models/tiny again from nothing (about 13 minutes on two cores)
 	@.venv/bin/mars sft --out models/tiny

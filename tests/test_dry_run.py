@@ -75,6 +75,17 @@ def test_what_can_be_known_is_printed_before_what_is_missing(root: Path, capsys:
     assert 'recipe = "released"' in said.out and "models/Qwen2.5-VL-3B-Instruct: no such folder" in said.err
 
 
+@pytest.mark.parametrize(
+    ("url", "message"), [("nonsense", "'nonsense' is no URL of a weights store"), ("http://", "'http://' is no URL of a trainer")]
+)
+def test_a_url_of_the_weights_that_is_none_is_found(
+    url: str, message: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MARS_WEIGHTS__URL", url)
+    assert main(["--recipe", str(root / "recipes/digits.toml")]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_memory_by_hand(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "MODEL__DTYPE": "bfloat16",

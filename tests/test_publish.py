@@ -145,6 +145,40 @@ def test_a_delta_is_small_and_a_snapshot_follows_every_so_many_versions(
     assert max(deltas) < 0.2 * store.manifests()[0].size_bytes
 
 
+def test_an_announcement_that_cannot_be_read_is_mended(tmp_path: Path, clean_environment: pytest.MonkeyPatch) -> None:
+    model, store = Tied(), WeightsStore(tmp_path / "weights")
+    publisher = Publisher(make_recipe(tmp_path), store)
+    first = publisher.publish(model, version(0))
+    for spoil in ("", '{"oops'):
+        (tmp_path / "weights" / "HEAD").write_text(spoil)
+        assert publisher.needs_snapshot() and publisher.mend().weights_id == first.weights_id
+        assert store.head() == first and not publisher.needs_snapshot()
+    (tmp_path / "weights" / "HEAD").write_text("rubbish")
+    model.change(1)
+    assert publisher.publish(model, version(1)) == store.head()
+
+
+def test_what_was_announced_before_the_disk_was_full_is_not_published_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_environment: pytest.MonkeyPatch
+) -> None:
+    model, store = Tied(), WeightsStore(tmp_path / "weights")
+    publisher = Publisher(make_recipe(tmp_path), store)
+    publisher.publish(model, version(0))
+    model.change(1)
+    publisher.encode(model, version(1))
+
+    def full(keep_snapshots: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "prune", full)
+    with pytest.raises(OSError, match="No space left"):
+        publisher.announce()
+    announced, listed = store.head(), store.manifests()
+    monkeypatch.undo()
+    assert publisher.announce() == announced
+    assert store.manifests() == listed and announced is not None and announced.kind is WeightsKind.DELTA
+
+
 def test_a_newcomer_reads_one_snapshot_and_the_deltas_after_it(
     tmp_path: Path, store: WeightsStore, clean_environment: pytest.MonkeyPatch
 ) -> None:

@@ -188,6 +188,14 @@ def test_the_weights_of_another_run_are_left_alone(store: WeightsStore, uploader
     assert files(remote) == before
 
 
+def test_an_announcement_that_cannot_be_read_is_written_anew(store: WeightsStore, uploader: Uploader, remote: Path) -> None:
+    manifest = publish_snapshot(store, weights(0))
+    uploader.upload()
+    (remote / "HEAD").write_text('{"oops')
+    assert uploader.upload() == Uploaded((), (), 0)
+    assert (remote / "HEAD").read_text() == manifest.model_dump_json()
+
+
 def test_an_older_incarnation_uploads_and_removes_nothing(
     store: WeightsStore, uploader: Uploader, remote: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from mars_shared.scale import MOST_REPLICAS, SCALE_FILE, Replicas, check_replica
 from mars_shared.server import EmbeddedValkey
 from mars_shared.settings import Deployment, Recipe, load_deployment
 from mars_shared.supervisor import Service, Supervisor
+from mars_shared.weights.source import open_source
 
 TRAINER = "trainer"
 STATE_FILE = "stack.json"
@@ -239,6 +240,7 @@ def check_start(recipe: Recipe, ports: Ports) -> Deployment:
 
     Raises:
         ConfigError: a port is taken, there are more replicas than ports for them, the model folder cannot be a policy,
+            weights.url is no URL or needs a package that is not installed,
             or the stack would serve beyond loopback without a key.
         QueueUnavailableError: nothing answers at MARS_REDIS_URL.
     """
@@ -246,6 +248,7 @@ def check_start(recipe: Recipe, ports: Ports) -> Deployment:
     check_bind(deployment)
     _check_ports(deployment.host, ports, recipe)
     check_model_folder(recipe.model.path)
+    open_source(recipe.weights.url, recipe.run.dir / "weights", deployment.api_key)
     if "MARS_REDIS_URL" in os.environ:
         asyncio.run(_check_redis(deployment.redis_url))
     return deployment

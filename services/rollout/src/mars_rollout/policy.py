@@ -62,6 +62,7 @@ class Policy:
         self._head: WeightManifest | None = None
         self._looked = False
         self._refused: str | None = None
+        self._complained: str | None = None
         self._held: list[Prompt] = []
         self._changed = asyncio.Condition()
         self.fault: IntegrityError | None = None
@@ -86,7 +87,10 @@ class Policy:
         try:
             self._head = await self._source.head()
             self._looked = True
-        except (IntegrityError, WeightsUnavailableError) as error:
+        except IntegrityError as error:
+            if self._say(str(error)):
+                count_refused("damaged")
+        except WeightsUnavailableError as error:
             self._say(str(error))
 
     async def follow(self) -> None:
@@ -286,16 +290,21 @@ class Policy:
         if self._head != head:
             logger.info("version %s was replaced while it was read", head.version)
             return
-        count_refused("unreachable")
+        if head.weights_id != self._complained:
+            self._complained = head.weights_id
+            count_refused("unreachable")
         self._say(f"{error}; waiting until the trainer has written it again")
         with suppress(WeightsUnavailableError):
             await self._source.complain(head)
         await asyncio.sleep(COMPLAINT_S)
 
-    def _say(self, problem: str) -> None:
-        if self.damage != problem:
+    def _say(self, problem: str) -> bool:
+        """Log what is wrong, once; whether it is new."""
+        new = self.damage != problem
+        if new:
             self.damage = problem
             logger.error("%s", problem)
+        return new
 
 
 def tolerates(prompt: Prompt, served: PolicyVersion) -> bool:

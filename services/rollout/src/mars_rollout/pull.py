@@ -51,6 +51,8 @@ class Puller:
         self._replica = replica
         self._verify = verify
         self._how = "held already"
+        self._known_bad: set[str] = set()
+        """Publications that turned out to be damaged: counted and told once, and tried again, since the trainer mends them."""
         self._lock = asyncio.Lock()
         self._registered_s = -REGISTER_S
 
@@ -137,8 +139,10 @@ class Puller:
                     raise
                 bad[hop.manifest.folder_name] = error
                 shutil.rmtree(self._fetched / hop.manifest.folder_name, ignore_errors=True)
-                count_refused("damaged")
-                logger.warning("%s; looking for another way to %s", error, route.want.version)
+                if hop.manifest.folder_name not in self._known_bad:
+                    self._known_bad.add(hop.manifest.folder_name)
+                    count_refused("damaged")
+                    logger.warning("%s; looking for another way to %s", error, route.want.version)
                 return
         self._how = str(route)
 

@@ -156,7 +156,7 @@ class Publisher:
             raise
 
     def _announced(self, weights: WeightIdentity) -> WeightManifest | None:
-        head = self._store.head()
+        head = self._store.head_to_replace()
         return head if head is not None and head.weights_id == weights.weights_id else None
 
     def _snapshot_is_due(self) -> bool:

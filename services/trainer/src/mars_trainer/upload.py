@@ -102,7 +102,11 @@ class Uploader:
         text = self._remote.read(HEAD)
         if text is None:
             return None
-        announced = parse_manifest(text, where=f"{self._remote.shown_url}/{HEAD}")
+        try:
+            announced = parse_manifest(text, where=f"{self._remote.shown_url}/{HEAD}")
+        except IntegrityError as error:
+            logger.error("%s", error)
+            return None
         if announced.run != head.run:
             raise ConfigError(
                 f"{self._remote.shown_url} holds the weights of run {announced.run!r}, not {head.run!r}; give each run a URL of its own"

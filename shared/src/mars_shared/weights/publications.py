@@ -45,7 +45,11 @@ def parse_manifest(text: bytes, *, where: str) -> WeightManifest:
     try:
         return WeightManifest.model_validate_json(text)
     except ValidationError as error:
-        raise IntegrityError(f"{where}: not a weight manifest ({error.error_count()} errors)") from error
+        first = error.errors(include_url=False)[0]
+        raise IntegrityError(
+            f"{where}: not a weight manifest: expected the JSON of one, came {text[:40]!r}, "
+            f"{'.'.join(map(str, first['loc'])) or 'at the top'}: {first['msg']}; the trainer writes it anew with its next version"
+        ) from error
 
 
 def parse_publication(text: bytes | None, *, where: str, folder_name: str) -> WeightManifest | None:

@@ -50,7 +50,8 @@ class HttpSource:
         except httpx.InvalidURL as error:
             raise ConfigError(f"{url!r} is no URL of a trainer ({error}); expected http://HOST:PORT") from error
         if not base.host or base.userinfo:
-            raise ConfigError(f"{base!r} is no URL of a trainer; expected http://HOST:PORT, and the key in MARS_API_KEY")
+            shown = re.sub(r"//[^/@]*@", "//", url)
+            raise ConfigError(f"{shown!r} is no URL of a trainer; expected http://HOST:PORT, and the key in MARS_API_KEY")
         self._where = f"{base.scheme}://{base.netloc.decode()}{base.path}".rstrip("/")
         self._client = httpx.AsyncClient(
             base_url=f"{str(base).rstrip('/')}/v1/weights/",

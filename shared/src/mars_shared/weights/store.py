@@ -58,6 +58,14 @@ class WeightsStore:
         text = _read(self.root / HEAD)
         return None if text is None else parse_manifest(text, where=str(self.root / HEAD))
 
+    def head_to_replace(self) -> WeightManifest | None:
+        """HEAD for its writer: one that cannot be read is as good as none."""
+        try:
+            return self.head()
+        except IntegrityError as error:
+            logger.error("%s", error)
+            return None
+
     def manifests(self) -> list[WeightManifest]:
         """Of all whole publications, `in_order`.
 
@@ -150,12 +158,14 @@ class WeightsStore:
             write_atomic(self.root / COMPLAINT, head.weights_id.encode(), durable=False)
 
     def needs_snapshot(self) -> bool:
-        """Whether a reader complained about the announced weights, and no snapshot of them verifies.
+        """Whether a reader complained about the announced weights, and no snapshot of them verifies; or HEAD cannot be read.
 
         A complaint is dropped once a snapshot of them verifies.
         """
-        head, complaint = self.head(), _read(self.root / COMPLAINT)
-        if head is None or complaint != head.weights_id.encode():
+        head, complaint = self.head_to_replace(), _read(self.root / COMPLAINT)
+        if head is None:
+            return (self.root / HEAD).exists()
+        if complaint != head.weights_id.encode():
             return False
         snapshots = [m for m in self.manifests() if m.weights_id == head.weights_id and m.kind is WeightsKind.SNAPSHOT]
         if any(self._is_whole(snapshot) for snapshot in snapshots):
@@ -194,7 +204,10 @@ class WeightsStore:
         return list(self.root.glob("[0-9]*"))
 
     def _manifest(self, folder: Path) -> WeightManifest | None:
-        return parse_publication(_read(folder / MANIFEST), where=str(folder), folder_name=folder.name)
+        text = _read(folder / MANIFEST)
+        if text is None and not folder.exists():
+            return None  # removed since it was listed
+        return parse_publication(text, where=str(folder), folder_name=folder.name)
 
     def _is_whole(self, manifest: WeightManifest) -> bool:
         try:
@@ -223,7 +236,7 @@ class WeightsStore:
         shutil.rmtree(gone)
 
     def _refuse_older_incarnation(self, staged: Path, version: PolicyVersion) -> None:
-        head = self.head()
+        head = self.head_to_replace()
         if head is not None and head.version.incarnation > version.incarnation:
             shutil.rmtree(staged)
             raise FencedError(
