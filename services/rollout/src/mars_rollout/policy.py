@@ -95,13 +95,16 @@ class Policy:
 
     async def follow(self) -> None:
         """Fetch every announced version, and apply it as soon as no held group is against it; runs until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._stay_registered())
-            while True:
+        registered = asyncio.create_task(self._stay_registered())
+        try:
+            while not registered.done():  # it ends by a failure alone
                 await self.look()
                 if not self.current:
                     await self._follow_head()
                 await asyncio.sleep(POLL_S)
+            registered.result()
+        finally:
+            registered.cancel()
 
     async def _stay_registered(self) -> None:
         """Beside fetches, which may take longer than silence is suffered."""
