@@ -7,13 +7,16 @@ FAULTS ?= 50
 PORT ?= 8100
 
 # MARS_STACK=cpu or cuda chooses the stack.
-.PHONY: help setup demo test chaos verify bench-weights warm-start clean
+.PHONY: help setup tools demo test chaos verify bench-weights screenshots warm-start clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 setup: ## create .venv and install everything (CUDA stack if an NVIDIA GPU is there, else CPU); seconds when done
 	@$(PYTHON) deploy/setup_env.py
+
+tools: ## install what some tests need besides: Chromium and Prometheus (as root on Debian; elsewhere it says what)
+	@$(PYTHON) deploy/setup_tools.py
 
 demo: setup ## train the tiny policy through all services: make demo [SEED=n] [DATA=digits|scene] [PORT=n]
 	@.venv/bin/mars demo --data $(DATA) --seed $(SEED) --port $(PORT)
@@ -37,6 +40,10 @@ verify: setup ## long checks, hours: the demo's promises; every fault point; one
 
 bench-weights: setup ## what it takes to send changed weights, against other ways; writes benchmarks/results/weights.json (about ten minutes)
 	@.venv/bin/python benchmarks/bench_weights.py $(if $(QUICK),--quick)
+
+screenshots: setup ## take the pictures of docs/pictures from a demo run of the scene task (minutes)
+	@.venv/bin/mars demo --data scene --port $(PORT)
+	@.venv/bin/python docs/make_screenshots.py runs/demo
 
 warm-start: setup ## make models/tiny again from nothing (about 13 minutes on two cores)
 	@.venv/bin/mars sft --out models/tiny

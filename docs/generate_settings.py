@@ -24,7 +24,14 @@ OTHER_VARIABLES = {
         "for proofs alone: comma-separated `POINT[@PASS][:full]` of `mars_shared/faults.py`; the process kills itself there (`full`: "
         "finds the disk full), each once a run",
     ),
+    "MARS_LOG_IDENTITY": (
+        "unset",
+        "set by every service for its child processes: the names under which they log; not for people to set",
+    ),
     "MARS_REFERENCE_DATA": ("unset", "tests: folder with `golden_rewards.json`; without it the tests that need it are skipped"),
+    "MARS_CHROMIUM": ("found on PATH", "tests: the browser; without one the tests that need it are skipped"),
+    "MARS_PROMETHEUS": ("found on PATH", "tests: the Prometheus server, likewise"),
+    "MARS_PROMTOOL": ("found on PATH", "tests: Prometheus's promtool, likewise"),
 }
 """Read by tools and not by services."""
 
@@ -107,6 +114,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(f"`{member.value}`" for member in annotation)
     if get_origin(annotation) is tuple and Ellipsis in get_args(annotation):
         item = get_args(annotation)[0]
+        if get_origin(item) is Literal:
+            return f"list of {_type(item)}"
         return "list of tables" if isinstance(item, type) and issubclass(item, BaseModel) else "list of text"
     if get_origin(annotation) is tuple:
         return f"{len(get_args(annotation))} numbers"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
-from mars_shared import cli, cli_dead, cli_rollout, cli_scale, cli_status
+from mars_shared import cli, cli_dead, cli_report, cli_rollout, cli_scale, cli_status, cli_trace, cli_watch
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class CommandLine:
 
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self._capsys, self._monkeypatch = capsys, monkeypatch
-        for module in (cli, cli_dead, cli_rollout, cli_scale, cli_status):
+        for module in (cli, cli_dead, cli_report, cli_rollout, cli_scale, cli_status, cli_trace, cli_watch):
             monkeypatch.setattr(module, "console", Console(width=220))
 
     def __call__(self, *arguments: str, meanwhile: Callable[[], None] = lambda: None) -> Done:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from mars_shared.queue import Queue
 from mars_shared.server import EmbeddedValkey
 
-pytest_plugins = ["rollout_fixtures"]
+pytest_plugins = ["rollout_fixtures", "live_run"]
 
 # A busy machine makes nothing wrong: no test of ours judges by the clock.
 settings.register_profile("mars", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -19,8 +19,9 @@ from mars_trainer.credit import Credit
 from mars_trainer.datasets import RunData, load_dataset
 from mars_trainer.dispatch import PromptMaker
 from mars_trainer.exchange import Answer, Death, Exchange, Retry
-from mars_trainer.loop import Progress, TrainingRun
-from mars_trainer.samples import SampleLog
+from mars_trainer.group_log import GroupLog
+from mars_trainer.loop import TrainingRun
+from mars_trainer.progress import Progress
 
 RECIPE = """
 [run]
@@ -68,9 +69,11 @@ class Replies:
         deaths = [Death(prompt, LETTER) for prompt in prompts if prompt.dispatch_index in self.deadly]
         return [self._answer(prompt) for prompt in prompts if prompt.dispatch_index not in self.deadly], deaths
 
-    async def gather(self, prompts: Iterable[Prompt], *, on_death: Any) -> list[Answer]:
+    async def gather(self, prompts: Iterable[Prompt], *, on_death: Any, on_progress: Any) -> list[Answer]:
         self.ask(prompts)
-        return (await self.receive())[0]
+        answers = (await self.receive())[0]
+        on_progress(len(answers))
+        return answers
 
     async def report_dead(self, dispatch_index: int, error: InputError) -> None:
         self.reported.append((dispatch_index, str(error)))
@@ -175,7 +178,7 @@ def make_run(
         publisher=cast(Any, shelf),
         checkpoints=cast(Any, shelf),
         events=EventLog(folder / "events.jsonl"),
-        samples=SampleLog(folder / "groups.jsonl"),
+        groups=GroupLog(folder / "groups"),
         evaluations=folder / "evaluations",
         ledger=ledger,
         restored_from=checkpoint.version if checkpoint else None,

@@ -34,7 +34,10 @@ class Stage:
         self.folder = folder
         self.said: list[str] = []
         self.supervisor = Supervisor(
-            log_dir=folder / "logs", environment=dict(os.environ) | {"STAGE": "test"}, say=self.said.append
+            log_dir=folder / "logs",
+            environment=dict(os.environ) | {"STAGE": "test", "STAGE_TOKEN": "0123abcd"},
+            say=self.said.append,
+            secret_url="s3://me:pass-w@bucket",
         )
 
     def start(self, name: str, program: str, *arguments: str, **options: object) -> None:

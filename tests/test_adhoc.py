@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -10,12 +11,13 @@ import pytest
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 
-from builders import image_bytes
-from mars_rollout.adhoc import AdhocPrompts, GroupRequest
+from builders import image_bytes, make_group, make_prompt
+from log_lines import logged
+from mars_rollout.adhoc import AdhocPrompts, GroupAnswer, GroupRequest
 from mars_rollout.app import build_app, mount_openai
 from mars_shared.blobs import BlobStore
-from mars_shared.contracts import BoxesTruth
-from mars_shared.errors import InputError
+from mars_shared.contracts import BoxesTruth, Prompt, RolloutGroup
+from mars_shared.errors import InputError, NotReadyError
 from mars_shared.http import shape_missing_routes
 from mars_shared.settings import Deployment, load_recipe
 
@@ -78,3 +80,30 @@ async def test_an_unknown_route_beside_another_app_has_the_one_shape_of_errors()
     assert (unknown.status_code, unknown.json()) == (404, {"error": {"type": "HTTPError", "message": "Not Found"}})
     assert (wrong_method.status_code, wrong_method.json()["error"]["type"]) == (405, "HTTPError")
     assert "theirs" in own.json()
+
+
+async def test_an_adhoc_group_is_logged_under_its_id_from_question_to_scores_or_to_its_failure(tmp_path: Path) -> None:
+    group = make_group(make_prompt(7))
+
+    async def make(prompt: Prompt) -> RolloutGroup:
+        if prompt.task_id != group.group_id:
+            raise NotReadyError("the engine is dead")
+        return group
+
+    async def answer(made: RolloutGroup) -> GroupAnswer:
+        return GroupAnswer(group=made)
+
+    asked = iter((group.prompt, make_prompt(8)))
+    stage: Any = SimpleNamespace(
+        maker=SimpleNamespace(make=make),
+        prompts=SimpleNamespace(prompt=lambda request: next(asked)),
+        rewards=SimpleNamespace(answer=answer),
+    )
+    app = build_app(Deployment(), stage, ready=lambda: None)
+    body = {"question": "Which?", "sources": [{"name": "visible", "image": "0" * 64}]}
+    with logged() as lines:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1") as client:
+            statuses = [(await client.post("/v1/rollouts", json=body)).status_code for _ in range(2)]
+    assert statuses == [200, 503]
+    assert lines.of("train-00000007") == ["asked over HTTP", "made the group"]
+    assert lines.of("train-00000008") == ["asked over HTTP", "not answered: NotReadyError: the engine is dead"]

@@ -56,6 +56,7 @@ def copied(root: Path, tmp_path: Path) -> Path:
         ("mars_shared/contracts/base.py", "import fastapi", "mars_shared.contracts imports the standard library"),
         ("mars_rollout/service.py", "from vllm import LLM", "vllm is imported in"),
         ("mars_trainer/model.py", "import vllm", "vllm is imported in"),
+        ("mars_trainer/loop.py", "import wandb", "wandb is imported in mars_trainer.trackers"),
         ("mars_trainer/exchange.py", "from redis.asyncio import Redis", "The redis client is imported in"),
         ("mars_shared/cli.py", "import redis", "The redis client is imported in"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from command_line import CommandLine, command_line
 from mars_shared import cli, cli_rollout
@@ -143,3 +145,57 @@ def test_a_service_that_runs_and_does_not_answer_is_starting(tmp_path: Path, com
     said = {row[0]: row[3] for row in rows if row}
     assert said["rollout-0"] == said["reward"] == said["trainer"] == "starting, does not answer yet"
     assert said["rollout-1"] == "does not run at the moment; its log says why"
+
+
+def test_status_as_json_is_an_object_a_run_with_its_services(
+    tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = free_ports()
+    state = StackState(
+        run="r",
+        supervisor_pid=os.getpid(),
+        host="127.0.0.1",
+        replicas={"rollout-0": base},
+        reward_port=base + 100,
+        trainer_port=base + 200,
+        pids={"rollout-0": 11, "valkey": 14},
+        ending=["rollout-1"],
+    )
+    (tmp_path / "stack.json").write_text(state.model_dump_json())
+    said = json.loads(command_line("status", str(tmp_path), "--json").stdout)
+    assert (said["run"], said["folder"], said["supervisor_pid"]) == ("r", str(tmp_path), os.getpid())
+    starting, stopped = "starting, does not answer yet", "does not run at the moment; its log says why"
+    assert [tuple(service.values()) for service in said["services"]] == [
+        ("rollout-0", 11, f"http://127.0.0.1:{base}", starting),
+        ("rollout-1", None, None, "ends"),
+        ("reward", None, f"http://127.0.0.1:{base + 100}", stopped),
+        ("trainer", None, f"http://127.0.0.1:{base + 200}", stopped),
+        ("valkey", 14, None, "runs"),
+    ]
+    nothing = command_line("status", str(tmp_path / "gone"), "--json")
+    said = json.loads(nothing.stdout)
+    assert (nothing.returncode, said) == (
+        1,
+        {"run": None, "folder": str(tmp_path / "gone"), "supervisor_pid": None, "services": []},
+    )
+    monkeypatch.chdir(tmp_path)
+    everywhere = command_line("status", "--json")
+    assert (everywhere.returncode, json.loads(everywhere.stdout)["folder"]) == (1, None)
+
+
+def test_a_rollout_as_json_is_the_services_whole_answer(monkeypatch: pytest.MonkeyPatch, command_line: CommandLine) -> None:
+    answer = {"group": {"completions": []}, "scores": None}
+    monkeypatch.setattr(cli_rollout, "request_rollouts", lambda *where, **asked: answer)
+    done = command_line("rollout", "--image", "visible=a.png", "--url", "http://127.0.0.1:1", "Which?", "--json")
+    assert json.loads(done.stdout) == answer and done.stderr == ""
+
+
+def test_an_evaluation_as_json_keeps_all_else_off_standard_output(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(cli, "_run", lambda *where, shown_on, **how: started.append(shown_on is cli.errors))
+    monkeypatch.setattr(cli, "_module", lambda *parts: started.append(parts))
+    recipe = str(root / "recipes/digits.toml")
+    for options in (["--json"], []):
+        assert CliRunner().invoke(cli.app, ["eval", recipe, *options]).exit_code == 0
+    results = ("mars_trainer.results", "--recipe", recipe)
+    assert started == [True, (*results, "--json"), False, results]

@@ -12,7 +12,7 @@ from blake3 import blake3
 from builders import image_bytes
 from mars_shared.errors import InputError
 from mars_trainer.data import main
-from mars_trainer.datasets.formats import format_of, read_records
+from mars_trainer.datasets.formats import count_rows, format_of, read_records, read_rows
 from mars_trainer.datasets.images import image_bytes as read_image
 from mars_trainer.datasets.jsonl import jsonl_line
 from mars_trainer.datasets.records import NamedPath, Record
@@ -296,3 +296,21 @@ def test_check_finds_what_training_would_refuse(tmp_path: Path, capsys: pytest.C
     ):
         assert f"questions.jsonl line {number}: {field}" in said
     assert "6 rows of format jsonl, 1 without a fault" in said
+
+
+def test_a_check_tells_rows_faults_and_statistics_as_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lines(tmp_path, line(1), line(1), line(3), "torn")
+    assert main(["check", str(path), "--json", "--sheet", str(tmp_path / "sheet.png")]) == 3
+    said = json.loads(capsys.readouterr().out)
+    assert (said["path"], said["format"], said["rows"], said["good"]) == (str(path), "jsonl", 4, 2)
+    assert ["line 2: id '1' is that of" in said["faults"][0], "line 4" in said["faults"][1]] == [True, True]
+    assert said["statistics"]["image width"] == "60 to 60, median 60" and (tmp_path / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize(("format", "rows"), [("jsonl", 3), ("conversations", 2)])
+def test_rows_are_counted_before_they_are_read(tmp_path: Path, format: str, rows: int) -> None:
+    path = write_lines(tmp_path, line(1), "", line(2), "torn")
+    if format != "jsonl":
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps([conversation("a.png", "Which?"), conversation("b.png", "Which?")]))
+    assert count_rows(path, format) == rows == len(list(read_rows(path, format)))

@@ -268,3 +268,23 @@ def test_letters_of_a_run_that_has_ended_wait_for_its_next_start(mars: Mars, run
     refused = mars("drop", "all", redis_url=None)
     assert refused.returncode == 1
     assert "`mars up` with the run's recipe brings them back" in refused.stderr
+
+
+async def test_show_as_json_is_the_row_with_detail_prompt_and_completions(
+    patient_queue: Queue, streams: Streams, mars: Mars
+) -> None:
+    group = make_group(make_prompt(4, run=streams.run))
+    letter = await bury(patient_queue, streams.rollouts, group.model_dump_json().encode())
+    torn = await bury(patient_queue, streams.prompts, b"\xff")
+    shown, other = (json.loads(mars("show", entry, "--json").stdout) for entry in (letter, torn))
+    assert (shown["id"], shown["stage"], shown["reason"]) == (letter, "rollouts", "bad image")
+    assert shown["detail"] == TRACEBACK
+    assert Prompt.model_validate(shown["prompt"]) == group.prompt and len(shown["completions"]) == 4
+    assert other["item"] == "\\xff" and "prompt" not in other
+
+
+async def test_what_a_letter_holds_cannot_act_on_the_terminal(patient_queue: Queue, streams: Streams, mars: Mars) -> None:
+    letter = await bury(patient_queue, streams.prompts, b"\x1b[2J", reason="bad \x1b]0;title\x07")
+    for command in (["list"], ["show", letter]):
+        said = mars(*command).stdout
+        assert "\x1b" not in said and "\x07" not in said and "bad �]0;title�" in said

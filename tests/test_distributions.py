@@ -63,11 +63,15 @@ def test_each_distribution_holds_all_of_its_own_package_and_nothing_else(root: P
     assert wheels.keys() == FOLDERS.keys()
     for package, folder in FOLDERS.items():
         source = root / folder / "src"
-        expected = {str(path.relative_to(source)) for path in (source / package).rglob("*.py")}
+        expected = {str(path.relative_to(source)) for path in (source / package).rglob("*") if is_packed(path)}
         names = set(zipfile.ZipFile(wheels[package]).namelist())
         packed = {name for name in names if ".dist-info/" not in name}
         assert packed == expected
         assert all(name.startswith(f"{package}-") for name in names - packed)
+
+
+def is_packed(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts
 
 
 def test_shared_and_reward_install_alone_without_torch_or_vllm(wheels: dict[str, Path], tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from prometheus_client import REGISTRY
 from typer.main import get_command
 
 from builders import scored_with
@@ -30,9 +29,10 @@ from mars_trainer.batch import Batch
 from mars_trainer.credit import credit
 from mars_trainer.datasets.formats import read_records
 from mars_trainer.datasets.prompt_length import PromptRuler
+from mars_trainer.exposition import prometheus_name
 from mars_trainer.learner import _metrics as learner_metrics
-from mars_trainer.loop import Progress
 from mars_trainer.metrics import rollout_metrics, staleness_metrics
+from mars_trainer.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -173,25 +173,25 @@ def test_every_training_metric_is_documented_and_the_other_way_round() -> None:
     totals |= {"sampler_difference": 1.0, "sampler_difference_max": 1.0}
     found = set(rollout_metrics([scored], credits) | learner_metrics(totals, updates=1, learning_rate=1.0))
     found |= set(Batch(wanted=1, kept=(), dropped=()).metrics | staleness_metrics([with_spans(scored)], 3))
-    named = {re.sub(r"^gain/.*", "gain/<source>", re.sub(r"^reward/.*", "reward/<part>", name)) for name in found}
-    metrics = (ROOT / "docs/metrics.md").read_text(encoding="utf-8").partition("## Event log")[0]
-    assert set(re.findall(r"^\| `([^`]+)`", metrics, re.M)) == named
-    assert set(re.findall(r'name="([^"]+)"', metrics)) == named
+    found |= {"efficiency"}  # of the step's times alone
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`{]+)\{", section("metrics.md", "Of a step"), re.M)
+    assert {slash for slash, _ in rows} == {generic(name) for name in found}
+    assert dict(rows) == {generic(name): prometheus_name(name) for name in found}
 
 
-def test_every_prometheus_metric_of_ours_is_documented_and_the_other_way_round() -> None:
-    import mars_rollout.metrics  # noqa: F401  # registers its metrics
+def generic(slash_name: str) -> str:
+    return re.sub(r"^gain/.*", "gain/<source>", re.sub(r"^reward/.*", "reward/<part>", slash_name))
 
-    counters = {metric.name: "_total" if metric.type == "counter" else "" for metric in REGISTRY.collect()}
-    ours = {f"{name}{suffix}" for name, suffix in counters.items() if name.startswith("mars_") and not name.endswith("_created")}
-    assert {key.partition("{")[0] for key in table_keys("metrics.md", 1) if key.startswith("mars_")} == ours
+
+def section(document: str, heading: str) -> str:
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    return text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
 
 
 def test_every_event_of_ours_is_documented_and_the_other_way_round() -> None:
     text = "".join(file.read_text(encoding="utf-8") for source in SOURCES for file in source.rglob("*.py"))
     written = {name for pair in re.findall(r'\.write\(\s*"(\w+)"(?: if \w+ else "(\w+)")?,', text) for name in pair if name}
-    section = (ROOT / "docs/metrics.md").read_text(encoding="utf-8").partition("## Event log")[2]
-    documented = set(re.findall(r"^\| `(\w+)` \|", section, re.M))
+    documented = set(re.findall(r"^\| `(\w+)` \|", section("metrics.md", "Event log"), re.M))
     assert documented == written | {"evaluation", "evaluated"}  # these two are written by one call, which names neither
 
 

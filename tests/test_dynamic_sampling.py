@@ -15,6 +15,7 @@ from loop_doubles import Pupil, Replies, Shelf, make_run
 from mars_shared.contracts import PolicyVersion
 from mars_shared.errors import InputError
 from mars_shared.queue import Claim
+from mars_shared.records.groups import read_groups
 from mars_shared.telemetry import read_events
 from mars_trainer.datasets import RunData, Sample
 from mars_trainer.dispatch import place_of
@@ -109,8 +110,8 @@ async def test_a_retried_prompt_takes_the_next_place_and_is_acknowledged_with_th
     replies.retries = [Retry(Claim("retries", "500", "c", 1, b""), old)]
     await run._step()
     assert replies.asked == [[0, 1, 2]]
-    kept = next(iter((tmp_path / "groups.jsonl").read_text().splitlines()))
-    assert f'"prompt_id": "{old.prompt_id}"' in kept and '"task_id": "train-00000000"' in kept
+    first = read_groups(tmp_path / "groups")[0]
+    assert (first.prompt_id, first.task_id) == (old.prompt_id, "train-00000000")
     assert replies.acknowledged == [0, 1, 2, 500]
 
 
@@ -168,10 +169,10 @@ async def test_evaluating_a_run_afterwards_changes_nothing_of_it(tmp_path: Path)
     run = make_run(tmp_path, replies, Pupil(), Shelf())
     run.evaluation, run.data = cast(Any, replies), RunData((), {"other": run.data.train[:2]})
     await run.evaluate_newest()
-    assert not read_events(tmp_path / "events.jsonl", "evaluation")
+    assert not read_events(tmp_path / "events.jsonl", "evaluation") and not read_events(tmp_path / "events.jsonl", "started")
     (event,) = read_events(tmp_path / "events.jsonl", "evaluated")
     assert (event["step"], event["samples"], event["results"]) == (0, 2, "eval_step_0.jsonl")
-    assert not (tmp_path / "groups.jsonl").read_text()
+    assert not read_groups(tmp_path / "groups")
 
 
 async def test_a_run_that_goes_on_from_a_checkpoint_says_so_and_a_new_one_does_not(tmp_path: Path) -> None:
@@ -179,8 +180,10 @@ async def test_a_run_that_goes_on_from_a_checkpoint_says_so_and_a_new_one_does_n
     first = make_run(tmp_path, Replies(telling=range(99)), Pupil(), Shelf(), evaluation=evaluation)
     await first._begin()
     assert not list(read_events(tmp_path / "events.jsonl", "resumed"))
+    assert [event["incarnation"] for event in read_events(tmp_path / "events.jsonl", "started")] == [1]
     await first._step()
     again = make_run(tmp_path, Replies(telling=range(99)), Pupil(), Shelf(), evaluation=evaluation, checkpoint=first.ledger)
     await again._begin()
     (event,) = read_events(tmp_path / "events.jsonl", "resumed")
     assert (event["step"], event["incarnation"]) == (1, 2)
+    assert [event["incarnation"] for event in read_events(tmp_path / "events.jsonl", "started")] == [1, 2]

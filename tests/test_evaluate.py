@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +20,21 @@ from mars_shared.blobs import BlobStore
 from mars_shared.contracts import Decoding, Purpose, Score, ScoredGroup, TextTruth
 from mars_shared.errors import InputError, MediaTypeError
 from mars_shared.settings import Recipe
-from mars_trainer.algorithm.advantages import mars_advantages
+from mars_shared.telemetry import EventLog, read_events
+from mars_trainer import evaluate as evaluate_module
 from mars_trainer.algorithm.bootstrap import mean_interval
 from mars_trainer.datasets.base import Sample
 from mars_trainer.dispatch import PromptMaker, place_of
-from mars_trainer.evaluate import Evaluation, metric_of, read_results, result_of, summarise, summarise_by_dataset, write_results
-from mars_trainer.samples import KEEP_EVERY_STEPS, KEEP_PER_EVALUATION, KEEP_PER_STEP, Occasion, SampleLog, read_samples
+from mars_trainer.evaluate import (
+    Evaluation,
+    metric_of,
+    progress_events,
+    read_results,
+    result_of,
+    summarise,
+    summarise_by_dataset,
+    write_results,
+)
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -227,32 +237,11 @@ def test_an_empty_training_set_is_an_error() -> None:
         place_of(0, rows=0, seed=0)
 
 
-def kept(path: Path, occasion: Occasion) -> list[tuple[int, ScoredGroup]]:
-    return [(group.step, group.scored) for group in read_samples(path, occasion)]
-
-
-def test_a_few_whole_groups_are_kept_for_people(tmp_path: Path) -> None:
-    path = tmp_path / "groups.jsonl"
-    log = SampleLog(path)
-    groups = [answered(1, {"visible": 0}, index=index) for index in range(12)]
-    advantages = [mars_advantages((1,), {"visible": (0,)})] * 12
-    log.evaluation(0, groups)
-    for step in (1, 2, KEEP_EVERY_STEPS, KEEP_EVERY_STEPS + 1):
-        log.step(step, groups, advantages)
-    assert kept(path, "evaluation") == [(0, group) for group in groups[:KEEP_PER_EVALUATION]]
-    assert kept(path, "step") == [(step, group) for step in (1, KEEP_EVERY_STEPS) for group in groups[:KEEP_PER_STEP]]
-    # r = (1,), s = (0,): mu = 0.5, sigma = sqrt(0.5).
-    (first, *_) = read_samples(path, "step")
-    assert first.advantages is not None and first.advantages["advantages_G"] == pytest.approx([0.5 / (0.5**0.5 + 1e-6)])
-    assert next(read_samples(path, "evaluation")).advantages is None
-
-
-def test_a_torn_line_among_kept_groups_costs_that_group_alone(tmp_path: Path) -> None:
-    path = tmp_path / "groups.jsonl"
-    groups = [answered(1, {"visible": 0}, index=index) for index in range(2)]
-    SampleLog(path).evaluation(0, groups[:1])
-    whole = path.read_bytes()
-    path.write_bytes(whole + whole[: len(whole) // 2])
-    assert kept(path, "evaluation") == [(0, groups[0])]
-    SampleLog(path).evaluation(1, groups[1:])
-    assert kept(path, "evaluation") == [(0, groups[0]), (1, groups[1])]
+def test_an_evaluation_under_way_says_how_far_it_is_every_two_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter((10.0, 10.0, 11.0, 12.0))  # when it begins, and with 0, 3 and 9 answers
+    monkeypatch.setattr(evaluate_module, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    on_progress = progress_events(EventLog(tmp_path / "events.jsonl"), step=40, samples=64)
+    for answers in (0, 3, 9):
+        on_progress(answers)
+    events = read_events(tmp_path / "events.jsonl", "evaluating")
+    assert [(event["step"], event["done"], event["samples"]) for event in events] == [(40, 0, 64), (40, 9, 64)]

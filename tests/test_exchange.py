@@ -14,6 +14,7 @@ import pytest
 from redis import Redis
 
 from builders import make_group, make_prompt, make_score, make_scored
+from log_lines import logged
 from mars_shared.contracts import PolicyVersion, Prompt, Purpose, RolloutGroup, ScoredGroup
 from mars_shared.errors import LeaseLostError, QueueUnavailableError
 from mars_shared.queue import Claim, Queue, Streams
@@ -604,3 +605,13 @@ async def test_acknowledging_waits_for_redis(own_valkey: EmbeddedValkey, run_nam
     finally:
         await queue.close()
         await asyncio.to_thread(own_valkey.stop)
+
+
+async def test_the_log_follows_a_group_from_question_to_answer_and_one_that_dies(
+    exchange: Exchange, patient_queue: Queue, run_name: str, fast: None
+) -> None:
+    async with working(Worker(patient_queue, run_name, refuse=frozenset({1}))):
+        with logged() as lines:
+            await patiently(exchange.gather([make_prompt(0, run=run_name), make_prompt(1, run=run_name)]))
+    assert lines.of("train-00000000") == ["asked for the group", "received the scored group"]
+    assert lines.of("train-00000001") == ["asked for the group", "prompt train-00000001 (sample-1) is dead: ImageError"]

@@ -20,8 +20,8 @@ from mars_shared.http import HttpServer, bind
 from mars_shared.settings import Deployment, load_recipe
 from mars_shared.weights import WeightsStore
 from mars_trainer.app import build_app
-from mars_trainer.loop import Progress
 from mars_trainer.model import Policy as TrainerPolicy
+from mars_trainer.progress import Progress
 from rollout_fixtures import RUN, ReplicaProcess, RunFolder, make_run_folder
 from weight_line import TrainerSide, make_trainer_side, only_first_layer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from builders import make_completion, make_group, make_prompt, make_score, make_scored, sampling, scored_with
+from mars_shared import telemetry
 from mars_shared.contracts import FinishReason, Kind, Score, ScoredGroup
-from mars_shared.progress import EventTail, RunDisplay
+from mars_shared.progress import RunDisplay
 from mars_shared.settings import TrainSection
-from mars_shared.telemetry import EventLog, read_events
+from mars_shared.telemetry import EventLog, EventTail, read_events
 from mars_trainer.credit import credit
 from mars_trainer.metrics import finite, rollout_metrics
 
@@ -161,6 +163,66 @@ def test_the_tail_of_a_log_yields_each_event_once(log: Path) -> None:
     assert list(early.new()) == []
 
 
+def test_damaged_bytes_cost_what_they_damage_and_lines_without_an_event_are_counted(log: Path) -> None:
+    EventLog(log).write("step", step=1)
+    damaged = [b'{"time": 2, "event": "dead", "reason": "to\xff\xfern"}', b"\x80\xff\x00", b"7", b'{"time": 3}', b'{"event": "st']
+    with log.open("ab") as file:
+        file.write(b"".join(line + b"\n" for line in damaged))
+    EventLog(log).write("step", step=2)
+    tail = EventTail(log, from_end=False)
+    assert [event.get("step", event.get("reason")) for event in tail.new()] == [1, "to\ufffd\ufffdrn", 2]
+    assert tail.skipped == 4
+    assert kinds(log) == ["step", "dead", "step"]
+
+
+def line_of(step: int) -> str:
+    return json.dumps({"time": 0.0, "event": "step", "step": step}) + "\n"
+
+
+def append(log: Path, text: str) -> None:
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a") as file:
+        file.write(text)
+
+
+def test_what_comes_between_the_end_of_a_file_and_its_renaming_is_not_lost(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append(log, line_of(1))
+    look, coming = telemetry._newest_segment, [lambda: log.write_text(line_of(3)), lambda: append(log, line_of(2))]
+
+    def renamed_before_the_look(path: Path) -> int:
+        if armed and coming:
+            coming.pop()()  # step 2 comes to the old file, which is renamed; step 3 begins the new one
+            log.rename(log.with_name("events.000001.jsonl"))
+            coming.pop()()
+        return look(path)
+
+    monkeypatch.setattr(telemetry, "_newest_segment", renamed_before_the_look)
+    armed, tail = False, EventTail(log, from_end=False)
+    events = tail.new()
+    seen = [next(events)]
+    armed = True  # the next look is the one after the file's end
+    seen += events
+    assert [event["step"] for event in seen] == [1, 2, 3] and list(tail.new()) == []
+
+
+def test_a_torn_line_at_the_end_of_a_renamed_file_holds_up_nothing(log: Path) -> None:
+    append(log, line_of(1) + '{"time": 1, "event": "st')
+    tail = EventTail(log, from_end=False)
+    assert [event["step"] for event in tail.new()] == [1] and tail.skipped == 0  # it may still be written
+    log.rename(log.with_name("events.000001.jsonl"))
+    append(log, line_of(2))
+    assert [event["step"] for event in tail.new()] == [2] and tail.skipped == 1
+
+
+def test_a_tail_from_the_end_begins_at_the_end_of_the_newest_file(log: Path) -> None:
+    append(log, line_of(1))
+    log.rename(log.with_name("events.000001.jsonl"))
+    append(log, line_of(2))
+    tail = EventTail(log, from_end=True)
+    append(log, line_of(3))
+    assert [event["step"] for event in tail.new()] == [3]
+
+
 def shown(events: list[dict[str, Any]], *, terminal: bool = False) -> str:
     console = Console(force_terminal=terminal, width=300, record=True, quiet=False, file=open("/dev/null", "w"))
     display = RunDisplay(console)
@@ -172,7 +234,7 @@ def shown(events: list[dict[str, Any]], *, terminal: bool = False) -> str:
 
 def step_event(step: int, **metrics: float) -> dict[str, Any]:
     means = {"reward": 0.5, "completions/mean_length": 7.25} | metrics
-    return {"event": "step", "step": step, "steps": 12, "metrics": means}
+    return {"time": 0.0, "event": "step", "step": step, "steps": 12, "metrics": means}
 
 
 def test_elsewhere_than_on_a_terminal_some_steps_are_plain_lines() -> None:
@@ -216,3 +278,46 @@ def test_every_event_line_is_json(log: Path) -> None:
 def test_a_run_that_goes_on_says_from_where() -> None:
     text = shown([{"event": "resumed", "step": 40, "incarnation": 2}])
     assert text.splitlines() == ["going on from step 40 as incarnation 2"]
+
+
+def test_a_log_that_has_become_large_goes_on_in_another_file_and_is_read_as_one(log: Path) -> None:
+    early = EventTail(log, from_end=False)
+    events = EventLog(log, segment_bytes=120)  # an event has about 60 bytes: a file takes two or three
+    seen = []
+    for step in range(1, 11):
+        events.write("step", step=step)
+        if step % 4 == 0:  # several files may have ended between two looks
+            seen += [event["step"] for event in early.new()]
+    files = sorted(path.name for path in log.parent.iterdir())
+    assert len(files) >= 4 and files[0] == "events.000001.jsonl" and files[-1] == "events.jsonl"
+    assert seen + [event["step"] for event in early.new()] == list(range(1, 11))
+    assert [event["step"] for event in read_events(log)] == list(range(1, 11))
+    late = EventTail(log, from_end=True)
+    EventLog(log, segment_bytes=1).write("step", step=11)
+    assert [event["step"] for event in late.new()] == [11]
+
+
+def test_a_writer_whose_log_is_renamed_under_it_loses_nothing(log: Path) -> None:
+    other = EventLog(log)
+    other.write("step", step=1)
+    EventLog(log, segment_bytes=1).write("step", step=2)
+    other.write("work", step=3)
+    assert {event["step"] for event in read_events(log)} == {1, 2, 3}
+
+
+def test_a_disk_without_room_for_another_file_lets_the_log_grow(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = EventLog(log, segment_bytes=1)
+    events.write("step", step=1)
+    for attempt, name in enumerate(("touch", "rename"), start=2):
+        with monkeypatch.context() as full:
+            full.setattr(Path, name, no_room)
+            events.write("step", step=attempt)
+    assert [path.name for path in log.parent.glob("events.0*")] == []
+    events.write("step", step=4)
+    events.write("step", step=5)
+    assert sorted(path.name for path in log.parent.glob("events.0*")) == ["events.000001.jsonl", "events.000002.jsonl"]
+    assert [event["step"] for event in read_events(log)] == [1, 2, 3, 4, 5]
+
+
+def no_room(*arguments: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

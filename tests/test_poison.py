@@ -105,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_with_ten_poisoned_rows_ends_normally_with_ten_dead_letters(folder: Path, valkey: EmbeddedValkey) -> None:
     environment = os.environ | {"MARS_REDIS_URL": valkey.url}
-    command = [MARS, "train", folder / "recipe.toml", "--port", "18600"]
+    command = [MARS, "train", folder / "recipe.toml", "--port", "17600"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
     run = folder / "run"

@@ -21,8 +21,8 @@ from mars_shared.errors import ConfigError
 from mars_shared.settings import load_recipe
 from mars_shared.telemetry import EventLog
 from mars_trainer.evaluate import Evaluation
+from mars_trainer.group_log import GroupLog
 from mars_trainer.report import report, summarise_run
-from mars_trainer.samples import SampleLog
 from mars_trainer.timeline import STAGES
 
 RECIPE = """
@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> Path:
     log.write("evaluation", step=2, **AFTER.as_dict(), seconds=1.0)
     log.write("finished", step=2, weights="f" * 64)
     log.write("work", cpu_s=12.0, wall_s=8.0, cores=2, efficiency=0.75)
-    SampleLog(tmp_path / "groups.jsonl").evaluation(2, [evaluated(BlobStore(tmp_path / "blobs"))])
+    GroupLog(tmp_path / "groups").evaluation(2, [evaluated(BlobStore(tmp_path / "blobs"))])
     return tmp_path
 
 

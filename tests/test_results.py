@@ -53,23 +53,23 @@ LLVIP = [
 def test_means_are_over_all_samples_unparseable_ones_included() -> None:
     rows = {row.view: row for row in result_rows(LLVIP)}
     assert {view: row.mean for view, row in rows.items()} == {
-        "Multi": 0.375,  # (0.75 + 0) / 2
-        "Mono visible": 0.625,
-        "Mono infrared": 0.25,
-        "Union": 0.75,  # (0.5 + 1) / 2
-        "Multi - Union": -0.375,
+        "multi": 0.375,  # (0.75 + 0) / 2
+        "mono/visible": 0.625,
+        "mono/infrared": 0.25,
+        "union": 0.75,  # (0.5 + 1) / 2
+        "multi_minus_union": -0.375,
     }
-    assert (rows["Multi"].samples, rows["Multi"].correct, rows["Multi"].parsed) == (2, 0.5, 0.5)
-    assert rows["Multi"].interval == (0.0, 0.75)
+    assert (rows["multi"].samples, rows["multi"].correct, rows["multi"].parsed) == (2, 0.5, 0.5)
+    assert rows["multi"].interval == (0.0, 0.75)
 
 
 def test_the_released_arithmetic_drops_what_its_script_cannot_parse() -> None:
     rows = {row.view: row for row in result_rows(LLVIP, released=True)}
-    assert (rows["Multi"].samples, rows["Multi"].mean, rows["Multi"].correct) == (1, 0.75, 1.0)
-    assert (rows["Mono infrared"].samples, rows["Mono infrared"].mean, rows["Mono infrared"].correct) == (1, 0.5, 0.0)
+    assert (rows["multi"].samples, rows["multi"].mean, rows["multi"].correct) == (1, 0.75, 1.0)
+    assert (rows["mono/infrared"].samples, rows["mono/infrared"].mean, rows["mono/infrared"].correct) == (1, 0.5, 0.0)
     # Union: 0.5, and 1.0 of the one source that is left; the difference is over the first sample alone.
-    assert rows["Union"].mean == 0.75
-    assert (rows["Multi - Union"].samples, rows["Multi - Union"].mean) == (1, 0.25)
+    assert rows["union"].mean == 0.75
+    assert (rows["multi_minus_union"].samples, rows["multi_minus_union"].mean) == (1, 0.25)
 
 
 def test_several_datasets_stand_apart_and_their_mean_counts_each_once() -> None:
@@ -130,3 +130,18 @@ def test_the_released_mean_is_that_of_the_golden_rows() -> None:
     assert multi.mean == pytest.approx(sum(kept) / len(kept), abs=1e-9)
     assert multi.correct == pytest.approx(sum(value > 0.5 for value in kept) / len(kept))
     assert json.loads(results[0].model_dump_json())["multi"]["released"] is not None
+
+
+def test_json_has_every_row_of_the_table_and_nothing_else_on_standard_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(dir=tmp_path))
+    EventLog(tmp_path / "events.jsonl").write("evaluated", step=2, results="eval_step_2.jsonl", asked={"llvip": 3})
+    write_results(tmp_path / "evaluations" / "eval_step_2.jsonl", LLVIP)
+    assert main(["--recipe", str(tmp_path / "recipe.toml"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["run"], said["step"], said["released"], said["asked"]) == ("test", 2, False, {"llvip": 3})
+    assert said["samples"].endswith("eval_step_2.jsonl") and Path(said["table"]).is_file()
+    multi = said["results"][0]
+    assert (multi["dataset"], multi["view"], multi["samples"], multi["mean"]) == ("llvip", "multi", 2, 0.375)
+    assert multi["interval"] == [0.0, 0.75]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mars_reward.registry import score
 from mars_reward.rewards.grounding import (
     Box,
     max_predictions,
@@ -16,7 +17,7 @@ from mars_reward.rewards.grounding import (
     read_boxes,
     score_grounding,
 )
-from mars_shared.contracts import BoxesTruth, BoxFrame, FrameKind
+from mars_shared.contracts import BoxesTruth, BoxFrame, FrameKind, ScoreItem, TextTruth
 from mars_shared.errors import InputError
 
 SQUARE = BoxesTruth(boxes=((0, 0, 10, 10),), width_px=100, height_px=100)
@@ -37,6 +38,15 @@ def test_overlapping_squares_get_their_overlap_over_their_union() -> None:
     score = score_grounding(answer([[0, 0, 10, 10]]), truth, PIXELS)
     assert score.iou == pytest.approx(25 / 175, abs=1e-12)
     assert (score.format, score.parsed) == (0.75, True)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "released"])
+def test_a_score_carries_the_boxes_that_were_answered_in_original_pixels(recipe: str) -> None:
+    half = BoxFrame(kind=FrameKind.RESIZED, width=50, height=50)
+    given = answer([[1, 2, 3, 4], [3, 3, 1, 1], "junk"])
+    assert score(ScoreItem(completion=given, truth=SQUARE, frame=half), recipe).boxes == ((2, 4, 6, 8),)
+    assert score(ScoreItem(completion="no boxes", truth=SQUARE, frame=half), recipe).boxes == ()
+    assert score(ScoreItem(completion=given, truth=TextTruth(text="two")), recipe).boxes == ()
 
 
 def test_the_assignment_is_optimal_where_the_greedy_one_is_not() -> None:

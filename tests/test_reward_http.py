@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from log_lines import logged
 from mars_reward.app import build_app
 from mars_reward.registry import RECIPES, Parts, offered, score, to_score
 from mars_shared.contracts import ScoreItem, TextTruth
@@ -48,9 +49,9 @@ def test_a_batch_is_scored_in_order_with_its_parts() -> None:
         "schema_version": 1,
         "recipe": "paper",
         "scores": [
-            {"reward": 1.5, "parts": {"format": 0.5, "accuracy": 1.0}, "parsed": True},
-            {"reward": 1.0, "parts": {"format": 0.75, "iou": 0.25}, "parsed": True},
-            {"reward": 0.0, "parts": {"format": 0.0, "accuracy": 0.0}, "parsed": False},
+            {"reward": 1.5, "parts": {"format": 0.5, "accuracy": 1.0}, "parsed": True, "boxes": []},
+            {"reward": 1.0, "parts": {"format": 0.75, "iou": 0.25}, "parsed": True, "boxes": [[0, 0, 10, 10]]},
+            {"reward": 0.0, "parts": {"format": 0.0, "accuracy": 0.0}, "parsed": False, "boxes": []},
         ],
     }
 
@@ -143,7 +144,7 @@ def test_an_item_whose_reward_fails_has_its_error_in_its_place_and_the_others_ke
         response = call("POST", "/v1/score", json={"items": items, "recipe": SPEC})
     assert response.status_code == 200
     scores = response.json()["scores"]
-    fine = {"reward": 1.0, "parts": {"trap": 1.0}, "parsed": True}
+    fine = {"reward": 1.0, "parts": {"trap": 1.0}, "parsed": True, "boxes": []}
     assert scores[0] == scores[5] == fine
     assert [list(found) for found in scores[1:5]] == [["error"]] * 4
     assert scores[1]["error"] == f"items.1: reward {SPEC!r} failed: KeyError: 'no such thing'"
@@ -160,3 +161,11 @@ def test_every_recipe_scores_every_kind_of_truth() -> None:
 def test_the_reward_is_the_sum_of_its_parts() -> None:
     found = score(ScoreItem(completion="<think>r</think><answer>3</answer>", truth=TextTruth(text="2")), "paper")
     assert (found.reward, found.parts, found.parsed) == (0.5, {"format": 0.5, "accuracy": 0.0}, True)
+
+
+def test_a_request_that_names_a_group_is_logged_under_its_id() -> None:
+    with logged() as lines:
+        for headers in ({"x-mars-group": "adhoc-7"}, {}):
+            call("POST", "/v1/score", json={"items": [TEXT_ITEM]}, headers=headers)
+    assert lines.of("adhoc-7") == ["scored over HTTP"]
+    assert [entry.get("group") for entry in lines.entries if entry["message"] == "scored over HTTP"] == ["adhoc-7", None]

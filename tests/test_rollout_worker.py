@@ -14,11 +14,12 @@ import pytest
 import redis
 import torch
 
+from log_lines import logged
 from mars_rollout.group import GroupMaker
 from mars_rollout.policy import Policy
 from mars_rollout.render import PromptRenderer
 from mars_rollout.worker import MAX_DEATHS, MAX_LONE_DEATHS, SUSPECT_DEATHS, RolloutWorker
-from mars_shared.contracts import PolicyVersion, RolloutGroup, WeightManifest
+from mars_shared.contracts import PolicyVersion, RolloutGroup, Source, WeightManifest
 from mars_shared.errors import IntegrityError, NotReadyError
 from mars_shared.lua import GROUP
 from mars_shared.queue import Queue, Streams
@@ -447,3 +448,22 @@ async def test_what_is_not_finished_when_the_worker_is_ended_is_handed_back(shop
     claims = [await shop.queue.claim(shop.streams.prompts, "another", wait_s=0) for _ in range(3)]
     # The first attempts died with the replica's predecessor; the second ones were handed back.
     assert [(c.attempt, c.handed_back, c.deaths, c.errors) for c in claims if c is not None] == [(3, 1, 1, 0)] * 3
+
+
+async def test_the_log_follows_a_group_that_is_tried_again_then_made_and_one_that_is_given_up(shop: Shop) -> None:
+    shop.publish(1)
+    shop.engine.failures = [NotReadyError("hiccup")]
+    with logged() as lines:
+        async with shop.working():
+            await shop.put(task="again", policy_version=version(1))
+            await shop.result()
+            gone = (Source(name="visible", blob="0" * 64, media_type="image/png"),)
+            await shop.put(task="never", policy_version=version(1), sources=gone)
+            await shop.until_empty()
+    again, never = (re.sub(r"mars:\S+ entry \S+, ", "", "\n".join(lines.of(group))).splitlines() for group in ("again", "never"))
+    pulled = "serving version 1.1: snapshot 1.1 (108 B)"
+    retried = "attempt 1, error 1: NotReadyError: hiccup"
+    assert again == ["took the prompt up", pulled, retried, "took the prompt up", "made the group"]
+    assert never[0] == "took the prompt up" and never[1].startswith("attempt 1, given up: BlobMissingError: prompt sample-1")
+    (made,) = (entry for entry in lines.entries if entry["message"] == "made the group")
+    assert (made["version"], made["tokens"]) == ("1.1", 8)  # 4 multi-source and 2 * 2 mono-source completions of one token

@@ -40,9 +40,10 @@ from mars_trainer.checkpoint import Ledger
 from mars_trainer.datasets import RunData, load_dataset
 from mars_trainer.dispatch import PromptMaker, place_of
 from mars_trainer.exchange import Death
+from mars_trainer.group_log import GroupLog
 from mars_trainer.learner import Learner
-from mars_trainer.loop import Progress, TrainingRun
-from mars_trainer.samples import SampleLog
+from mars_trainer.loop import TrainingRun
+from mars_trainer.progress import Progress
 from mars_trainer.selftest import SelfTest
 from mars_trainer.tiny import write_tiny
 
@@ -271,7 +272,7 @@ def make_run(place: Path, learner: Learner, sampler: Sampler, folder: Path) -> T
         publisher=cast(Any, Quiet()),
         checkpoints=cast(Any, Untouched()),
         events=events,
-        samples=SampleLog(folder / "groups.jsonl"),
+        groups=GroupLog(folder / "groups"),
         ledger=Ledger(run="test", model="m", version=VERSION, next_dispatch_index=0, consumed=()),
         progress=Progress(run="test", steps=3, version=VERSION),
         self_test=SelfTest(recipe, samples, learner, prompts, cast(Any, sampler), events),
@@ -316,7 +317,7 @@ async def test_a_lying_sampler_stops_the_run_before_anything_is_trained_or_kept(
     with pytest.raises(SelfTestError, match=named) as caught:
         await run.run()
     assert caught.value.exit_code == ConfigError.exit_code == 2
-    assert read_events(tmp_path / "events.jsonl") == []
+    assert [event["event"] for event in read_events(tmp_path / "events.jsonl")] == ["started"]
     assert run.ledger.next_dispatch_index == run.progress.next_dispatch_index == 0
     assert learner.weights_hash() == before
 

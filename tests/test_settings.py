@@ -267,6 +267,21 @@ def test_an_empty_api_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_deployment().api_key is None
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "κλειδί", "two\nlines", " before", "after ", "s3cret\t"])
+def test_a_key_that_no_header_carries_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("MARS_API_KEY", key)
+    with pytest.raises(ConfigError, match="MARS_API_KEY has characters that an HTTP header does not carry") as refused:
+        load_deployment()
+    assert key.strip() not in str(refused.value)
+
+
+def test_any_printable_ascii_can_be_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "".join(map(chr, range(33, 127))) + " ~"
+    monkeypatch.setenv("MARS_API_KEY", key)
+    deployment = load_deployment()
+    assert deployment.api_key is not None and deployment.api_key.get_secret_value() == key
+
+
 def test_the_command_line_answers_a_wrong_recipe_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(with_line("train", "learning_rat = 1e-3"))

@@ -24,9 +24,9 @@ import psutil
 import pytest
 
 from mars_shared.contracts import Kind
+from mars_shared.records.groups import GroupRecord, read_groups
 from mars_shared.telemetry import read_events
 from mars_trainer.datasets import load_dataset
-from mars_trainer.samples import KeptGroup, read_samples
 
 pytestmark = pytest.mark.engine
 
@@ -128,8 +128,8 @@ def answers(url: str) -> bool:
         return False
 
 
-def kept_at_step_one(stack: Stack) -> list[KeptGroup]:
-    return [kept for kept in read_samples(stack.run_dir / "groups.jsonl", "step") if kept.step == 1]
+def groups_of_step_one(stack: Stack) -> list[GroupRecord]:
+    return [group for group in read_groups(stack.run_dir / "groups") if (group.occasion, group.step) == ("step", 1)]
 
 
 def test_the_run_evaluates_its_start_and_takes_steps(stack: Stack) -> None:
@@ -153,28 +153,31 @@ def test_a_killed_replica_leaves_no_orphan_and_the_run_finishes(stack: Stack) ->
 
 
 def test_advantages_of_the_first_step_are_those_of_the_paper(stack: Stack) -> None:
-    kept = kept_at_step_one(stack)
-    assert kept
-    for group in kept:
-        assert group.advantages is not None
-        r = group.scored.rewards(Kind.MULTI)
-        s = group.scored.rewards(Kind.MONO)
+    groups = groups_of_step_one(stack)
+    assert groups
+    for group in groups:
+        r = [answer.reward for answer in group.answers if answer.kind is Kind.MULTI]
+        s = [answer.reward for answer in group.answers if answer.kind is Kind.MONO]
         assert (len(r), len(s)) == (6, 2)
         pool = [*r, *s]
         mu, sigma = statistics.mean(pool), statistics.stdev(pool)
         expected = [(reward - mu) / (sigma + 1e-6) for reward in r] if sigma else [0.0] * 6
-        assert group.advantages["advantages_G"] == pytest.approx(expected, abs=1e-9)
-        assert group.advantages["gain"] == pytest.approx(statistics.mean(r) - statistics.mean(s), abs=1e-12)
+        assert [answer.advantage for answer in group.answers] == [
+            *(pytest.approx(value, abs=1e-9) for value in expected),
+            None,
+            None,
+        ]
+        assert group.statistics is not None and group.statistics.pool_mean == pytest.approx(mu, abs=1e-12)
+        assert group.gain == pytest.approx(statistics.mean(r) - statistics.mean(s), abs=1e-12)
 
 
 def test_rewards_are_those_of_the_answers(stack: Stack) -> None:
-    for group in kept_at_step_one(stack):
-        truth = group.scored.group.prompt.truth
-        assert truth is not None and truth.kind == "text"
-        for completion, score in zip(group.scored.group.completions, group.scored.scores, strict=True):
-            right = f"<answer>{truth.text}</answer>" in completion.text
-            assert score.parts["accuracy"] == float(right), completion.text
-            assert score.reward == pytest.approx(sum(score.parts.values()))
+    for group in groups_of_step_one(stack):
+        assert group.truth is not None and group.truth.kind == "text"
+        for answer in group.answers:
+            right = f"<answer>{group.truth.text}</answer>" in answer.text
+            assert answer.parts["accuracy"] == float(right), answer.text
+            assert answer.reward == pytest.approx(sum(answer.parts.values()))
 
 
 def test_the_run_began_with_a_self_test(stack: Stack) -> None:

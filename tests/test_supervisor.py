@@ -138,6 +138,12 @@ def test_the_end_of_a_log_is_that_of_the_last_start_alone(stage: Stage) -> None:
         stage.until(lambda: False)
 
 
+def test_the_end_of_a_log_is_said_without_secrets_of_the_environment_and_of_the_weights_url(stage: Stage) -> None:
+    stage.start("leaky", "import sys; print('0123abcd s3://a:b@host pass-w'); sys.exit(2)")
+    with pytest.raises(ServiceFailedError, match=r"exit code 2:\n  \*\*\* s3://\*\*\*@host \*\*\*\n"):
+        stage.until(lambda: False)
+
+
 def test_the_end_of_a_log_is_that_of_the_last_restart(stage: Stage) -> None:
     again = stage.folder / "again"
     program = f"import pathlib, sys; p = pathlib.Path({str(again)!r}); first = not p.exists(); p.touch()"

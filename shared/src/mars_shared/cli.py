@@ -19,15 +19,19 @@ import typer
 from rich.console import Console
 
 from mars_shared.cli_dead import app as dead_app
+from mars_shared.cli_report import compare_runs, report
 from mars_shared.cli_rollout import rollout
 from mars_shared.cli_scale import scale
 from mars_shared.cli_status import status
+from mars_shared.cli_trace import trace
+from mars_shared.cli_ui import ui
+from mars_shared.cli_watch import watch
 from mars_shared.cpu import WorkMeter
 from mars_shared.errors import ConfigError, MarsError
-from mars_shared.progress import EventTail, RunDisplay
+from mars_shared.progress import RunDisplay
 from mars_shared.settings import Recipe, load_deployment, load_recipe
 from mars_shared.stack import TRAINER, Ports, TrainerMode, check_start, read_state, running_stack, service_url
-from mars_shared.telemetry import EventLog
+from mars_shared.telemetry import EventLog, EventTail
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -36,6 +40,11 @@ errors = Console(stderr=True)
 app.command()(rollout)
 app.command()(status)
 app.command()(scale)
+app.command()(ui)
+app.command()(report)
+app.command(name="compare")(compare_runs)
+app.command()(watch)
+app.command()(trace)
 app.add_typer(dead_app, name="dead")
 
 POLL_S = 0.2
@@ -105,6 +114,7 @@ def demo(
         console.print(f"the demo before is kept in {_put_aside(recipe.run.dir)}", highlight=False, soft_wrap=True)
     _run(recipe_path, recipe, port, trainer="once")
     _module("mars_trainer.report", "--recipe", str(recipe_path))
+    report(recipe.run.dir)
 
 
 def _put_aside(folder: Path) -> Path:
@@ -147,7 +157,7 @@ def score(context: typer.Context) -> None:
 
 @app.command(**PASSED_ON)
 def data(context: typer.Context) -> None:
-    """Datasets: mars data check PATH [--sheet SHEET.png], mars data convert PATH OUT.jsonl (each has --help)."""
+    """Datasets: mars data check PATH [--sheet SHEET.png] [--json], mars data convert PATH OUT.jsonl (each has --help)."""
     _module("mars_trainer.data", *context.args)
 
 
@@ -163,6 +173,9 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="with --data: the part to read, for formats that have splits")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="samples of each dataset; default: data.eval_samples")] = None,
     released: Annotated[bool, typer.Option("--released", help="numbers as the paper's released script computes them")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="the results as one JSON object; all else goes to standard error")
+    ] = False,
     port: BasePort = 8100,
 ) -> None:
     """Evaluate a run's newest policy (or its start, if it has none): Multi, Mono per source, Union, for each dataset."""
@@ -175,13 +188,14 @@ def evaluate(
     if samples is not None:
         os.environ["MARS_DATA__EVAL_SAMPLES"] = str(samples)
     recipe = load_recipe(recipe_path)
-    _run(recipe_path, recipe, port, trainer="evaluate")
-    _module("mars_trainer.results", "--recipe", str(recipe_path), *(["--released"] if released else []))
+    _run(recipe_path, recipe, port, trainer="evaluate", shown_on=errors if as_json else console)
+    options = [*(["--released"] if released else []), *(["--json"] if as_json else [])]
+    _module("mars_trainer.results", "--recipe", str(recipe_path), *options)
 
 
-def _run(recipe_path: Path, recipe: Recipe, port: int, *, trainer: TrainerMode) -> None:
+def _run(recipe_path: Path, recipe: Recipe, port: int, *, trainer: TrainerMode, shown_on: Console | None = None) -> None:
     """Run a stack until its trainer has finished, which a lingering one never does."""
-    display, meter = RunDisplay(console), WorkMeter()
+    display, meter = RunDisplay(shown_on or console), WorkMeter()
     tail = EventTail(recipe.run.dir / "events.jsonl", from_end=True)
     display.say(f"starting {recipe.run.name}: {recipe.rollout.replicas} rollout replica(s), logs in {recipe.run.dir}/logs")
     with _interruptible(), running_stack(recipe_path, recipe, ports=Ports(port), trainer=trainer, say=display.say) as stack:
@@ -189,6 +203,7 @@ def _run(recipe_path: Path, recipe: Recipe, port: int, *, trainer: TrainerMode) 
             done = said = False
             while not done:
                 stack.poll()
+                display.starting(stack.supervisor.ready, len(stack.supervisor.names))
                 done = stack.supervisor.finished(TRAINER)
                 if trainer == "linger" and not said and stack.supervisor.all_ready:
                     said = True

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,14 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mars_shared.contracts import RolloutGroup
-from mars_shared.errors import ConfigError, InputError, QueueUnavailableError
+from mars_shared.errors import InputError, QueueUnavailableError
 from mars_shared.letters import Letter
-from mars_shared.queue import Queue, Streams
-from mars_shared.server import EmbeddedValkey
-from mars_shared.settings import load_deployment, load_recipe
-from mars_shared.stack import find_stack, read_state
+from mars_shared.queue import Streams
+from mars_shared.run_folder import Run, find_run, open_queue
 from mars_shared.telemetry import read_events
-from mars_shared.weights import WeightsStore
+from mars_shared.terminal import printable, printable_lines
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 WIDTH = 160
@@ -46,33 +40,6 @@ RunOption = Annotated[
 Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="as `mars dead list` shows them, or the word all")]
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run's name and folder."""
-
-    name: str
-    folder: Path
-
-    @property
-    def events(self) -> Path:
-        return self.folder / "events.jsonl"
-
-    def redis_url(self) -> str:
-        """MARS_REDIS_URL, else that of the run's own Valkey.
-
-        Raises:
-            QueueUnavailableError: there is neither.
-        """
-        if "MARS_REDIS_URL" in os.environ:
-            return load_deployment().redis_url
-        valkey = EmbeddedValkey(self.folder / "valkey")
-        if not valkey.config_path.exists():
-            raise QueueUnavailableError(
-                f"MARS_REDIS_URL is not set and there is no {valkey.config_path}: no Redis of {self.name}"
-            )
-        return valkey.url
-
-
 @app.command(name="list")
 def list_letters(
     run_path: RunOption = None,
@@ -80,7 +47,7 @@ def list_letters(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line instead of a table")] = False,
 ) -> None:
     """What was given up, newest first; if the run's Redis is gone, what its event log knows of it."""
-    run = _find_run(run_path)
+    run = find_run(run_path)
     try:
         rows, total = asyncio.run(_newest(run, limit))
     except QueueUnavailableError as error:
@@ -98,19 +65,24 @@ def list_letters(
 
 @app.command()
 def show(
-    entry_id: Annotated[str, typer.Argument(metavar="ID", help="as `mars dead list` shows it")], run_path: RunOption = None
+    entry_id: Annotated[str, typer.Argument(metavar="ID", help="as `mars dead list` shows it")],
+    run_path: RunOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON object")] = False,
 ) -> None:
     """One dead letter: reason, traceback and the whole item."""
-    run = _find_run(run_path)
+    run = find_run(run_path)
     (letter,) = asyncio.run(_letters(run, _checked([entry_id])))
-    for line in _description(letter):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(_whole(letter)))
+        return
+    for text in _description(letter):
+        console.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def retry(ids: Ids, run_path: RunOption = None) -> None:
     """Have the trainer ask these training prompts again; `all` leaves those that cannot be asked again where they are."""
-    run = _find_run(run_path)
+    run = find_run(run_path)
     moved, left = asyncio.run(_retry(run, ids))
     for obstacle in left:
         _say_error(obstacle)
@@ -120,60 +92,24 @@ def retry(ids: Ids, run_path: RunOption = None) -> None:
 @app.command()
 def drop(ids: Ids, run_path: RunOption = None) -> None:
     """Remove dead letters for good."""
-    run = _find_run(run_path)
+    run = find_run(run_path)
     _say(f"{asyncio.run(_drop(run, ids))} dead letter(s) removed")
 
 
-def _find_run(path: Path | None) -> Run:
-    """The run that a folder or a recipe is about.
-
-    Raises:
-        ConfigError: there is none, or the folder does not tell the run's name.
-    """
-    if path is not None and path.suffix == ".toml":
-        recipe = load_recipe(path)
-        return Run(recipe.run.name, recipe.run.dir)
-    if path is not None and not path.is_dir():
-        raise ConfigError(f"{path} is neither a run's folder nor a TOML recipe")
-    if path is None or read_state(path):
-        folder, state = find_stack(path)
-        return Run(state.run, folder)
-    head = WeightsStore(path / "weights").head() if (path / "weights").is_dir() else None
-    if head is None:
-        raise ConfigError(f"{path}: no stack runs there and no weights tell the run's name; name the run's recipe instead")
-    return Run(head.run, path)
-
-
-@asynccontextmanager
-async def _open(run: Run) -> AsyncIterator[Queue]:
-    queue = Queue(run.redis_url())
-    try:
-        yield queue
-    except QueueUnavailableError as error:
-        if "MARS_REDIS_URL" in os.environ or read_state(run.folder):
-            raise
-        raise QueueUnavailableError(
-            f"nothing runs in {run.folder}, its Valkey neither, which keeps the dead letters; `mars up` with the run's recipe "
-            "brings them back, after the last step too"
-        ) from error
-    finally:
-        await queue.close()
-
-
 async def _newest(run: Run, limit: int) -> tuple[list[dict[str, Any]], int]:
-    async with _open(run) as queue:
+    async with open_queue(run) as queue:
         letters = [Letter(run.name, raw) for raw in await queue.dead(run.name, limit)]
         return [_row(letter) for letter in letters], await queue.depth(Streams(run.name).dead)
 
 
 async def _letters(run: Run, ids: list[str]) -> list[Letter]:
-    async with _open(run) as queue:
+    async with open_queue(run) as queue:
         return [Letter(run.name, raw) for raw in await queue.letters(run.name, ids)]
 
 
 async def _retry(run: Run, ids: list[str]) -> tuple[int, list[str]]:
     """How many letters were moved, and why the others of `all` were not."""
-    async with _open(run) as queue:
+    async with open_queue(run) as queue:
         if ids == [ALL]:
             letters = [Letter(run.name, raw) for raw in reversed(await queue.dead(run.name, limit=None))]
             left = [obstacle for letter in letters if (obstacle := letter.obstacle())]
@@ -187,7 +123,7 @@ async def _retry(run: Run, ids: list[str]) -> tuple[int, list[str]]:
 
 async def _drop(run: Run, ids: list[str]) -> int:
     stream = Streams(run.name).dead
-    async with _open(run) as queue:
+    async with open_queue(run) as queue:
         if ids == [ALL]:
             return await queue.remove(stream, await queue.outstanding(stream))
         await queue.letters(run.name, _checked(ids))
@@ -236,7 +172,7 @@ def _print_table(run: Run, rows: list[dict[str, Any]], total: int) -> None:
         table.add_column(column.replace("_", " "), overflow="fold", no_wrap=whole, min_width=24 if column == "reason" else None)
     for row in rows:
         cells = {**row, "time": _clock(row["time"])}
-        table.add_row(*(Text("-" if cells[column] is None else str(cells[column])) for column in COLUMNS))
+        table.add_row(*(Text("-" if cells[column] is None else printable(cells[column])) for column in COLUMNS))
     console.print(table)
 
 
@@ -251,13 +187,26 @@ def _description(letter: Letter) -> list[str]:
         return [*lines, "item, which cannot be read:", raw.payload.decode(errors="backslashreplace")]
     lines += ["prompt:", letter.prompt.model_dump_json(indent=2)]
     if isinstance(letter.item, RolloutGroup):
-        lines += ["completions, without token ids and log-probabilities:", _completions(letter.item)]
+        lines += ["completions, without token ids and log-probabilities:", json.dumps(_completions(letter.item), indent=2)]
     return lines
 
 
-def _completions(group: RolloutGroup) -> str:
-    kept = [item.model_dump(mode="json", exclude={"token_ids", "logprobs"}) for item in group.completions]
-    return json.dumps(kept, indent=2)
+def _completions(group: RolloutGroup) -> list[dict[str, Any]]:
+    return [item.model_dump(mode="json", exclude={"token_ids", "logprobs"}) for item in group.completions]
+
+
+def _whole(letter: Letter) -> dict[str, Any]:
+    """The row of a listing with all that is known besides; `item` where neither prompt nor row can be read."""
+    whole = {**_row(letter), "detail": letter.raw.detail}
+    if letter.prompt is not None:
+        whole["prompt"] = letter.prompt.model_dump(mode="json")
+        if isinstance(letter.item, RolloutGroup):
+            whole["completions"] = _completions(letter.item)
+    elif letter.faulty_row is not None:
+        whole["dispatch_index"] = letter.faulty_row.dispatch_index
+    else:
+        whole["item"] = letter.raw.payload.decode(errors="backslashreplace")
+    return whole
 
 
 def _clock(time_s: float) -> str:

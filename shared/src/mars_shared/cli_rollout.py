@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mars_shared.bars import waiting
 from mars_shared.client import request_rollouts
 from mars_shared.errors import ConfigError
 from mars_shared.settings import load_deployment
 from mars_shared.stack import find_stack
+from mars_shared.terminal import printable_lines
 
 console = Console()
 
@@ -32,6 +35,7 @@ def rollout(
     temperature: Annotated[float | None, typer.Option(help="sampling temperature")] = None,
     seed: Annotated[int | None, typer.Option(help="for the same completions again")] = None,
     url: Annotated[str | None, typer.Option(help="a rollout replica; default: of the stack that runs here")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the whole answer of POST /v1/rollouts as a JSON object")] = False,
 ) -> None:
     """Ask the policy about image files, with all sources and with each alone."""
     options = {
@@ -41,15 +45,20 @@ def rollout(
         "temperature": temperature,
         "seed": seed,
     }
-    answer = request_rollouts(
-        url or _running_rollout_url(),
-        load_deployment(),
-        question=question,
-        images=[_named_image(item) for item in image],
-        truth=truth,
-        options=options,
-    )
-    _print_rollouts(answer)
+    images = [_named_image(item) for item in image]
+    with waiting("the policy answers"):
+        answer = request_rollouts(
+            url or _running_rollout_url(),
+            load_deployment(),
+            question=question,
+            images=images,
+            truth=truth,
+            options=options,
+        )
+    if as_json:
+        typer.echo(json.dumps(answer))
+    else:
+        _print_rollouts(answer)
 
 
 def _named_image(item: str) -> tuple[str, Path]:
@@ -75,7 +84,7 @@ def _print_rollouts(answer: dict[str, Any]) -> None:
         row = [completion["kind"], completion["source"] or "all", completion["text"]]
         if scored:
             row += _reward_cells(scores[index])
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable_lines(cell)) for cell in row))
     console.print(table)
     if answer.get("gain") is not None:
         console.print(f"gain (mean multi-source minus mean mono-source reward): {answer['gain']:+.3f}")

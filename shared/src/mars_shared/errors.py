@@ -81,6 +81,12 @@ class BlobMissingError(InputError):
     http_status = 404
 
 
+class RecordMissingError(InputError):
+    """A run has no group of that name, or a group no source of that name."""
+
+    http_status = 404
+
+
 class DivergedError(MarsError):
     """Training left the finite numbers; the same would happen again."""
 

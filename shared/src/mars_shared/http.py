@@ -8,7 +8,7 @@ import ipaddress
 import json
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,13 +17,15 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, disable_created_metrics, generate_latest
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
 from mars_shared.errors import ConfigError, MarsError, NotReadyError
 from mars_shared.settings import Deployment
 
 logger = logging.getLogger(__name__)
+disable_created_metrics()  # a series beside every counter that says nothing which Prometheus uses
 
 GRACEFUL_S = 5
 """How long requests in flight may hold a stop up."""
@@ -65,8 +67,9 @@ class Guard:
     one, so that a web page that a browser on this machine shows cannot reach the service.
     """
 
-    def __init__(self, app: AsgiApp, deployment: Deployment) -> None:
+    def __init__(self, app: AsgiApp, deployment: Deployment, open_paths: frozenset[str] = frozenset()) -> None:
         self._app = app
+        self._open_paths = OPEN_PATHS | open_paths
         self._key = None if deployment.api_key is None else deployment.api_key.get_secret_value()
         self._max_body_bytes = deployment.max_body_mib * 2**20
 
@@ -95,22 +98,24 @@ class Guard:
             await _respond(send, 413, f"request body has more than {self._max_body_bytes} bytes, which is the most expected")
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
-        if path not in OPEN_PATHS:
-            if self._key is None:
-                host = headers.get(b"host", b"").decode("latin-1")
-                if not is_loopback(_without_port(host)):
-                    return 403, f"host {host!r} is not loopback and no API key is set; set MARS_API_KEY to serve other hosts"
-                origin = headers.get(b"origin")
-                if origin is not None and not is_loopback(_host_of(origin.decode("latin-1"))):
-                    return 403, f"origin {origin.decode('latin-1')!r} is not this machine and no API key is set"
-            elif not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self._key}".encode()):
-                return 401, "expected the header 'Authorization: Bearer <MARS_API_KEY>'"
+        if path not in OPEN_PATHS and self._key is None:
+            host = headers.get(b"host", b"").decode("latin-1")
+            if not is_loopback(_without_port(host)):
+                return 403, f"host {host!r} is not loopback and no API key is set; set MARS_API_KEY to serve other hosts"
+            origin = headers.get(b"origin")
+            if origin is not None and not is_loopback(_host_of(origin.decode("latin-1"))):
+                return 403, f"origin {origin.decode('latin-1')!r} is not this machine and no API key is set"
+        if path not in self._open_paths and self._key is not None and not self._has_key(headers):
+            return 401, "expected the header 'Authorization: Bearer <MARS_API_KEY>'"
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 20:
             return 400, "Content-Length is not a number"
         if int(length) > self._max_body_bytes:
             return 413, f"request body has {int(length)} bytes; expected at most {self._max_body_bytes}"
         return None
+
+    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+        return hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self._key}".encode())
 
 
 class _BodyLimit:
@@ -228,8 +233,11 @@ def _said(item: Mapping[str, Any]) -> str:
     return str(item["msg"]).removeprefix("Value error, ")
 
 
-def add_health(app: FastAPI, ready: Callable[[], str | None]) -> None:
+def add_health(app: FastAPI, ready: Callable[[], str | None], collectors: Sequence[Collector] = ()) -> None:
     """Add /healthz, /readyz and /metrics. `ready` returns None, or why the service is not ready."""
+    own = CollectorRegistry()
+    for collector in collectors:
+        own.register(collector)
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> dict[str, str]:
@@ -244,23 +252,32 @@ def add_health(app: FastAPI, ready: Callable[[], str | None]) -> None:
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest() + generate_latest(own), media_type=CONTENT_TYPE_LATEST)
 
 
-def create_app(title: str, deployment: Deployment, *, ready: Callable[[], str | None]) -> FastAPI:
+def create_app(
+    title: str,
+    deployment: Deployment,
+    *,
+    ready: Callable[[], str | None],
+    open_paths: frozenset[str] = frozenset(),
+    collectors: Sequence[Collector] = (),
+) -> FastAPI:
     """A FastAPI app with the guard, the error handlers, health and metrics.
 
     Args:
         ready: returns None when the service can serve, else the reason why not.
+        open_paths: asked for without the key, besides OPEN_PATHS; from this machine alone if there is no key.
+        collectors: of this app's metrics, besides those that its process counts.
 
     Raises:
         ConfigError: it would serve beyond loopback without a key.
     """
     check_bind(deployment)
     app = FastAPI(title=title)
-    app.add_middleware(Guard, deployment=deployment)
+    app.add_middleware(Guard, deployment=deployment, open_paths=open_paths)
     install_error_handlers(app)
-    add_health(app, ready)
+    add_health(app, ready, collectors)
     return app
 
 
@@ -297,7 +314,14 @@ class HttpServer:
     def __init__(self, app: Any, listener: socket.socket) -> None:
         self._listener = listener
         self._server = _Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=GRACEFUL_S)
+            uvicorn.Config(
+                app,
+                log_config=None,  # the service's own, so that a failed request is a line like any other
+                log_level="warning",
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=GRACEFUL_S,
+            )
         )
         self._task: asyncio.Task[None] | None = None
 

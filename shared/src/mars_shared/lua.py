@@ -252,3 +252,40 @@ end
 return ''
 """
 )
+
+BEAT = """
+-- KEYS services, starts; ARGV name, heartbeat, begins. A heartbeat is kept with Redis's time in milliseconds before it.
+-- HDEL comes first: a full server refuses HSET as a script's first write.
+redis.call('HDEL', KEYS[1], ARGV[1])
+local time = redis.call('TIME')
+redis.call('HSET', KEYS[1], ARGV[1], time[1] .. string.format('%03d', math.floor(time[2] / 1000)) .. ' ' .. ARGV[2])
+if ARGV[3] == '1' then redis.call('HINCRBY', KEYS[2], ARGV[1], 1) end
+return 1
+"""
+
+LOOK = (
+    _COMMON
+    + """
+-- KEYS services, starts, streams; ARGV forget_ms. Returns rows {heartbeat, silence_ms, starts}, and for each stream
+-- {entries, claimed, age of the oldest in ms}. Heartbeats older than forget_ms are removed.
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local beats, depths = {}, {}
+local rows = redis.call('HGETALL', KEYS[1])
+for i = 1, #rows, 2 do
+  local at, heartbeat = string.match(rows[i + 1], '^(%d+) (.*)$')
+  if now - at > tonumber(ARGV[1]) then
+    redis.call('HDEL', KEYS[1], rows[i])
+  else
+    beats[#beats + 1] = {heartbeat, math.max(0, now - at), tonumber(redis.call('HGET', KEYS[2], rows[i]) or 1)}
+  end
+end
+for i = 3, #KEYS do
+  local oldest = redis.call('XRANGE', KEYS[i], '-', '+', 'COUNT', 1)[1]
+  local claimed = pending(KEYS[i], GROUP)
+  local age = oldest and math.max(0, now - tonumber(string.match(oldest[1], '^%d+'))) or 0
+  depths[#depths + 1] = {redis.call('XLEN', KEYS[i]), claimed and claimed[1] or 0, age}
+end
+return {beats, depths}
+"""
+)

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections import defaultdict
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID, TextColumn
 
-from mars_shared.telemetry import parse_lines
+from mars_shared.bars import PLAIN_EVERY_S, bar_columns
+from mars_shared.pace import Pace
+from mars_shared.terminal import printable_lines
 
 PLAIN_EVERY_STEPS = 5
-
-
-class EventTail:
-    """Yields a growing event log's new whole lines."""
-
-    def __init__(self, path: Path, *, from_end: bool) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if from_end and path.exists() else 0
-
-    def new(self) -> Iterator[dict[str, Any]]:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._offset += len(line)
-                yield from parse_lines([line.decode()])
+STARTING, STEPS, EVALUATING = "starting", "training", "evaluating"
+"""What there are bars of."""
 
 
 class RunDisplay:
@@ -38,24 +22,37 @@ class RunDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)
+        self._said_at = 0.0
+        """When a plain line told how far an evaluation is, by the events' clock."""
 
     def say(self, text: str) -> None:
-        """One line, above the bar if there is one."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Text of some lines, above the bars if there are any."""
+        self._console.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
+
+    def starting(self, ready: int, services: int) -> None:
+        """So many of the services are ready; a bar on a terminal, until all are."""
+        if ready == services:
+            self._end(STARTING)
+        else:
+            self._show_bar(STARTING, ready, services)
 
     def show(self, event: dict[str, Any]) -> None:
         """Show one event of the run's log."""
         match event["event"]:
             case "step":
                 self._on_step(event)
+            case "evaluating":
+                self._on_evaluating(event)
             case "resumed":
                 self.say(f"going on from step {event['step']} as incarnation {event['incarnation']}")
             case "self_test":
                 self.say(_self_test_line(event))
             case "evaluation" | "evaluated":
-                self.say(_evaluation_line(event))
+                self._end(EVALUATING)
+                self.say(evaluation_line(event))
             case "dead":
                 self.say(" ".join(filter(None, ("dead letter:", event.get("prompt_id"), event["reason"]))))
             case "short":
@@ -66,28 +63,43 @@ class RunDisplay:
                 self.say(f"finished at step {event['step']}, weights {event['weights'][:16]}")
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._bars is not None:
+            self._bars.stop()
 
     def _on_step(self, event: dict[str, Any]) -> None:
-        summary = _step_text(event["metrics"])
+        done, total, summary = event["step"], event["steps"], _step_text(event["metrics"])
+        pace = self._paced(STEPS, event["time"], done, total, "step")
+        self._show_bar(STEPS, done, total, pace=pace, note=summary)
+        if not self._console.is_terminal and (done % PLAIN_EVERY_STEPS == 0 or done in (1, total)):
+            self.say("  ".join(filter(None, (f"step {done}/{total}", summary, pace and f"({pace})"))))
+
+    def _on_evaluating(self, event: dict[str, Any]) -> None:
+        done, total, time_s = event["done"], event["samples"], event["time"]
+        pace = self._paced(EVALUATING, time_s, done, total, "sample")
+        self._show_bar(EVALUATING, done, total, pace=pace)
+        if not self._console.is_terminal and done and time_s - self._said_at >= PLAIN_EVERY_S:
+            self._said_at = time_s
+            self.say("  ".join(filter(None, (f"evaluating {done}/{total}", pace and f"({pace})"))))
+
+    def _paced(self, what: str, time_s: float, done: int, total: int, unit: str) -> str:
+        pace = self._paces[what]
+        pace.see(time_s, done)
+        return pace.text(total, unit) if done < total else ""
+
+    def _show_bar(self, what: str, done: int, total: int, *, pace: str = "", note: str = "") -> None:
         if not self._console.is_terminal:
-            if event["step"] % PLAIN_EVERY_STEPS == 0 or event["step"] in (1, event["steps"]):
-                self.say(f"step {event['step']}/{event['steps']}  {summary}")
             return
-        if self._bar is None:
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("", total=event["steps"])
-            self._bar.start()
-        assert self._task is not None
-        self._bar.update(self._task, completed=event["step"], description=summary)
+        if self._bars is None:
+            self._bars = Progress(TextColumn("{task.description}"), *bar_columns(), console=self._console)
+            self._bars.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total, pace="", note="")
+        self._bars.update(self._tasks[what], completed=done, total=total, pace=pace, note=note)
+
+    def _end(self, what: str) -> None:
+        """Take away the bar of something that is over."""
+        if self._bars is not None and what in self._tasks:
+            self._bars.remove_task(self._tasks.pop(what))
 
 
 def _step_text(metrics: dict[str, float]) -> str:
@@ -108,7 +120,8 @@ def _self_test_line(event: dict[str, Any]) -> str:
     )
 
 
-def _evaluation_line(event: dict[str, Any]) -> str:
+def evaluation_line(event: dict[str, Any]) -> str:
+    """An evaluation's results in one line."""
     mono = "  ".join(f"{name} {value:.3f}" for name, value in event["mono"].items())
     return (
         f"evaluation at step {event['step']} ({event['samples']} samples): "

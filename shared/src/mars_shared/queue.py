@@ -18,19 +18,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from redis import exceptions
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
 
 from mars_shared import lua
 from mars_shared.errors import ConfigError, FencedError, InputError, LeaseLostError, QueueError, QueueUnavailableError
+from mars_shared.redis_client import address_of, connect, redis_errors
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +36,6 @@ POLL_S = 0.02
 """Pause between looks at an empty stream: a Lua script can't block."""
 DEDUPE_S = 7 * 24 * 3600
 """How long a put is remembered."""
-ANSWER_S = 30.0
-"""Silence after which a server counts as unavailable; no command blocks on purpose."""
 LONGEST_LEASE_S = 1e9
 """Longer leases, math.inf too, are cut to this: no entry but a returned one is ever idle that long."""
 
@@ -161,8 +157,8 @@ class Queue:
         if not lease_s > 0:
             raise ConfigError(f"lease_s is {lease_s}; expected seconds above 0")
         self.lease_s = min(lease_s, LONGEST_LEASE_S)
-        self._redis: Any = _connect(url)
-        self._where = _where(self._redis)
+        self._redis: Any = connect(url)
+        self._where = address_of(self._redis)
         self._beats: dict[Claim, asyncio.Task[None]] = {}
         script = self._redis.register_script
         self._put, self._claim, self._resume = script(lua.PUT), script(lua.CLAIM), script(lua.RESUME)
@@ -441,44 +437,8 @@ class Queue:
             )
         return int(done)
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except exceptions.AuthenticationError as error:
-            raise QueueUnavailableError(f"Redis at {self._where} refused the login ({error}); check MARS_REDIS_URL") from error
-        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
-            raise QueueUnavailableError(
-                f"no answer from Redis at {self._where} ({error}); is Redis or Valkey running there? "
-                "MARS_REDIS_URL=redis://:password@host:port/0 says where"
-            ) from error
-        except exceptions.ResponseError as error:
-            if str(error).startswith("MISCONF"):
-                raise QueueUnavailableError(
-                    f"Redis at {self._where} cannot write to its disk ({error}); free some space"
-                ) from error
-            raise QueueError(f"Redis at {self._where} refused a command: {error}") from error
-        except exceptions.RedisError as error:
-            raise QueueError(f"Redis at {self._where} refused a command: {error}") from error
-
-
-def _connect(url: str) -> Redis:
-    try:
-        return Redis.from_url(
-            url,
-            protocol=2,
-            socket_timeout=ANSWER_S,
-            socket_connect_timeout=5.0,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
-        )
-    except ValueError:
-        # The parser's own message may quote a part of the password.
-        raise ConfigError("MARS_REDIS_URL: expected redis://:password@host:port/0 (rediss://, unix:// too)") from None
-
-
-def _where(client: Redis) -> str:
-    options = client.connection_pool.connection_kwargs
-    return str(options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}")
+    def _errors(self) -> AbstractContextManager[None]:
+        return redis_errors(self._where)
 
 
 def _fenced_off(run: str, incarnation: int, newest: int) -> FencedError:

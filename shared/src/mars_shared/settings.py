@@ -283,6 +283,30 @@ class SftSection(Section):
     warmup_steps: int = Field(default=10, ge=0, description="steps over which its learning rate rises from 0")
 
 
+TrackerName = Literal["tensorboard", "wandb"]
+"""A tracker is named as the package that it needs."""
+
+
+class TrackSection(Section):
+    trackers: tuple[TrackerName, ...] = Field(
+        default=("tensorboard",), description="where curves and samples are shown besides the run folder (docs/trackers.md)"
+    )
+    project: str = Field(default="mars", min_length=1, description="of W&B, to which the run belongs")
+    samples_every: int = Field(
+        default=50,
+        ge=1,
+        description="steps from one table and picture of training groups to the next; evaluations always have them",
+    )
+    samples: int = Field(default=4, ge=0, description="groups in such a table and picture; 0: none")
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, names: tuple[TrackerName, ...]) -> tuple[TrackerName, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("a tracker is named twice; expected each once")
+        return names
+
+
 class SelfTestSection(Section):
     enabled: bool = Field(
         default=True, description="before the first step, check on one group that sampler and trainer agree, or refuse to start"
@@ -316,6 +340,7 @@ class Recipe(BaseSettings):
     weights: WeightsSection = WeightsSection()
     eval: EvalSection = EvalSection()
     sft: SftSection = SftSection()
+    track: TrackSection = TrackSection()
     self_test: SelfTestSection = SelfTestSection()
 
     @model_validator(mode="after")
@@ -368,7 +393,7 @@ class Deployment(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MARS_", frozen=True, env_ignore_empty=True)
 
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", description="Redis 6.2 or newer, or Valkey")
-    api_key: SecretStr | None = Field(default=None, description="guards every route but /healthz and /readyz")
+    api_key: SecretStr | None = Field(default=None, description="guards every route but /healthz and /readyz; printable ASCII")
     host: str = Field(default="127.0.0.1", description="address to bind; other than loopback needs an API key")
     reward_url: str = Field(default="http://127.0.0.1:8200", description="where rollout replicas find the reward service")
     max_body_mib: int = Field(default=64, ge=1, description="largest request body")
@@ -378,6 +403,19 @@ class Deployment(BaseSettings):
     @classmethod
     def _empty_is_none(cls, key: SecretStr | None) -> SecretStr | None:
         return key if key is not None and key.get_secret_value() else None
+
+    @field_validator("api_key")
+    @classmethod
+    def _fits_a_header(cls, key: SecretStr | None) -> SecretStr | None:
+        # Headers and cookies carry ASCII; clients encode the rest in ways of their own, or refuse it. Refusing such a key at the
+        # start needs no encoding in any of them. A ValueError would show the key beside what is wrong with it.
+        text = "" if key is None else key.get_secret_value()
+        if not (text.isascii() and text.isprintable() and text == text.strip()):
+            raise ConfigError(
+                "MARS_API_KEY has characters that an HTTP header does not carry; expected printable ASCII without a space at "
+                "either end, such as `openssl rand -hex 32` prints"
+            )
+        return key
 
     lease_s: float = Field(default=15, gt=0, description="seconds without heartbeat until claimed work is handed on")
 
@@ -449,6 +487,7 @@ class _StrictRecipe(BaseModel):
     weights: WeightsSection = WeightsSection()
     eval: EvalSection = EvalSection()
     sft: SftSection = SftSection()
+    track: TrackSection = TrackSection()
     self_test: SelfTestSection = SelfTestSection()
 
 

@@ -24,6 +24,7 @@ from mars_shared.scale import MOST_REPLICAS, SCALE_FILE, Replicas, check_replica
 from mars_shared.server import EmbeddedValkey
 from mars_shared.settings import Deployment, Recipe, load_deployment
 from mars_shared.supervisor import Service, Supervisor
+from mars_shared.trackers import check_trackers
 from mars_shared.weights.source import open_source
 
 TRAINER = "trainer"
@@ -212,7 +213,7 @@ def _services(
         valkey.write_config()
         environment["MARS_REDIS_URL"] = valkey.url
     plan = Plan(recipe_path, deployment.host, ports, trainer)
-    supervisor = Supervisor(log_dir=log_dir, environment=environment, say=say)
+    supervisor = Supervisor(log_dir=log_dir, environment=environment, say=say, secret_url=recipe.weights.url)
     try:
         if valkey is not None:
             supervisor.start(Service("valkey", valkey.command(), needed_to_stop=True))
@@ -240,7 +241,7 @@ def check_start(recipe: Recipe, ports: Ports) -> Deployment:
 
     Raises:
         ConfigError: a port is taken, there are more replicas than ports for them, the model folder cannot be a policy,
-            weights.url is no URL or needs a package that is not installed,
+            weights.url is no URL or needs a package that is not installed, a tracker's package is missing,
             or the stack would serve beyond loopback without a key.
         QueueUnavailableError: nothing answers at MARS_REDIS_URL.
     """
@@ -249,6 +250,7 @@ def check_start(recipe: Recipe, ports: Ports) -> Deployment:
     _check_ports(deployment.host, ports, recipe)
     check_model_folder(recipe.model.path)
     open_source(recipe.weights.url, recipe.run.dir / "weights", deployment.api_key)
+    check_trackers(recipe.track.trackers)
     if "MARS_REDIS_URL" in os.environ:
         asyncio.run(_check_redis(deployment.redis_url))
     return deployment

@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx
 
 from mars_shared.errors import MarsError
+from mars_shared.logs import tail_for_people
+from mars_shared.masking import known_secrets
 from mars_shared.processes import kill_group, spawn, stop_all
 
 logger = logging.getLogger(__name__)
@@ -88,12 +90,16 @@ class Supervisor:
         log_dir: one file a service.
         environment: what the services' processes see.
         say: prints one line for people.
+        secret_url: whose credentials are not said, as those that the environment holds.
     """
 
-    def __init__(self, *, log_dir: Path, environment: Mapping[str, str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, *, log_dir: Path, environment: Mapping[str, str], say: Callable[[str], None], secret_url: str | None = None
+    ) -> None:
         self._log_dir = log_dir
         self._environment = dict(environment)
         self._say = say
+        self._secrets = known_secrets(environment, secret_url)
         self._running: dict[str, Running] = {}
         self._ending: dict[str, Ending] = {}
         self.given_up: dict[str, str] = {}
@@ -152,7 +158,12 @@ class Supervisor:
     @property
     def all_ready(self) -> bool:
         """Whether every service is ready or finished."""
-        return all(running.ready or running.finished for running in self._running.values())
+        return self.ready == len(self._running)
+
+    @property
+    def ready(self) -> int:
+        """How many services are ready or finished."""
+        return sum(running.ready or running.finished for running in self._running.values())
 
     def wait_ready(self) -> None:
         """Poll until every service is ready or finished."""
@@ -241,8 +252,8 @@ class Supervisor:
 
     def _log_tail(self, running: Running) -> str:
         path = self._log_path(running.service)
-        own = path.read_bytes()[running.log_start :].decode(errors="replace")
-        lines = own.splitlines()[-LOG_TAIL_LINES:] or ["it wrote nothing to its log"]
+        tail = tail_for_people(path, start=running.log_start, lines=LOG_TAIL_LINES, secrets=self._secrets)
+        lines = tail or ["it wrote nothing to its log"]
         return "\n".join(f"  {line}" for line in lines) + f"\n(whole log: {path})"
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Annotated
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Header
 
 from mars_reward.metrics import ITEMS, SECONDS
 from mars_reward.registry import check_recipe, score
 from mars_shared.contracts import Score, ScoreItem, ScoreRequest, ScoreResponse, Unscored
 from mars_shared.errors import RewardError
 from mars_shared.http import create_app
+from mars_shared.logs import GROUP_HEADER, logged_group
 from mars_shared.settings import Deployment
 
 logger = logging.getLogger(__name__)
@@ -32,10 +34,14 @@ def build_app(deployment: Deployment, *, recipe: str, ready: Callable[[], str | 
 
     # Not `async`: FastAPI runs it in a thread, so that scoring never holds up the event loop.
     @app.post("/v1/score")
-    def score_batch(request: ScoreRequest) -> ScoreResponse:
+    def score_batch(
+        request: ScoreRequest, group: Annotated[str | None, Header(alias=GROUP_HEADER, max_length=200)] = None
+    ) -> ScoreResponse:
         """Score every item; one whose reward fails has an error in its place, a wrong one refuses the batch by its index."""
-        with SECONDS.labels(via="http").time():
-            return score_request(request, default_recipe)
+        with logged_group(group), SECONDS.labels(via="http").time():
+            response = score_request(request, default_recipe)
+            logger.info("scored over HTTP", extra={"completions": len(response.scores)})
+            return response
 
     return app
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from mars_reward.registry import offered, score
 from mars_reward.rewards.released_eval import released_eval
+from mars_shared.bars import tracked
 from mars_shared.contracts import BoxesTruth, BoxFrame, FrameKind, ScoreItem, TextTruth
 from mars_shared.errors import ConfigError, InputError, MarsError, RewardError
 from mars_shared.http import explain_validation
@@ -59,10 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _score_rows(path: Path, recipe: str, *, released_eval: bool) -> tuple[int, int]:
     """Write every row with its scores to stdout; returns how many rows there are and how many have no score."""
     rows = unscored = 0
-    for row in read_rows(path):
-        scored = row.scored(recipe, released_eval=released_eval)
-        rows, unscored = rows + 1, unscored + (scored["score"] is None)
-        sys.stdout.write(json.dumps(scored, ensure_ascii=False) + "\n")
+    with tracked(read_rows(path), "scoring", "row", count_lines(path)) as found:
+        for row in found:
+            scored = row.scored(recipe, released_eval=released_eval)
+            rows, unscored = rows + 1, unscored + (scored["score"] is None)
+            sys.stdout.write(json.dumps(scored, ensure_ascii=False) + "\n")
     return rows, unscored
 
 
@@ -130,6 +132,14 @@ def read_rows(path: Path) -> Iterator[Row]:
                     yield Row(_object(line, f"{path} line {number}"), f"{path} line {number}")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a UTF-8 file of JSON lines") from error
+
+
+def count_lines(path: Path) -> int | None:
+    """Lines of a file that are not empty; None for a pipe, which can be read once, and for what isn't there."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

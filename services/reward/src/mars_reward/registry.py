@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from mars_reward.custom import CustomReward
 from mars_reward.metrics import FAILURES
 from mars_reward.parts import Parts, Scorer
-from mars_reward.rewards.grounding import NO_FRAME, check_objects, score_grounding
+from mars_reward.rewards.boxes import Box
+from mars_reward.rewards.grounding import NO_FRAME, answered_boxes, check_objects, score_grounding
 from mars_reward.rewards.released import released_grounding, released_vqa
 from mars_reward.rewards.vqa import score_vqa
 from mars_shared.contracts import BoxesTruth, Score, ScoreItem, TextTruth
@@ -99,7 +100,7 @@ def score(item: ScoreItem, recipe: str, *, what: str = "completion") -> Score:
     """
     scorer = RECIPES[check_recipe(recipe)][item.truth.kind]
     try:
-        return to_score(scorer(item))
+        return to_score(scorer(item), _boxes_of(item))
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
     except RewardError as error:
@@ -110,7 +111,14 @@ def score(item: ScoreItem, recipe: str, *, what: str = "completion") -> Score:
         raise
 
 
-def to_score(found: Parts) -> Score:
+def _boxes_of(item: ScoreItem) -> tuple[Box, ...]:
+    """What to draw, whatever the recipe makes of it."""
+    if not isinstance(item.truth, BoxesTruth) or item.frame is None:
+        return ()
+    return tuple(answered_boxes(item.completion, item.truth, item.frame) or ())
+
+
+def to_score(found: Parts, boxes: tuple[Box, ...] = ()) -> Score:
     """The reward as the sum of its parts.
 
     Raises:
@@ -123,4 +131,4 @@ def to_score(found: Parts) -> Score:
         reward = math.fsum(found.parts.values())
     except OverflowError:
         raise RewardNotFiniteError(f"the sum of the reward's parts {dict(found.parts)} is beyond float64") from None
-    return Score(reward=reward, parts=dict(found.parts), parsed=found.parsed)
+    return Score(reward=reward, parts=dict(found.parts), parsed=found.parsed, boxes=boxes)

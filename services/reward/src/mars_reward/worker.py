@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import traceback
+from statistics import fmean
 
 from pydantic import ValidationError
 
@@ -16,6 +17,7 @@ from mars_shared.contracts import Completion, Purpose, RolloutGroup, Score, Scor
 from mars_shared.errors import InputError, LeaseLostError, QueueError, RewardCpuTimeoutError, RewardError
 from mars_shared.faults import fault
 from mars_shared.http import explain_validation
+from mars_shared.logs import group_named_in, logged_group
 from mars_shared.patience import FIRST_PAUSE_S, longer
 from mars_shared.queue import Claim, Queue, Streams
 
@@ -115,6 +117,8 @@ class RewardWorker:
         self._finish_s = finish_s
         self._held: list[Claim] | None = None
         """What a predecessor of this name held; None: to be asked."""
+        self.in_hand = 0
+        """Groups that it scores."""
         self.problem: str | None = None
         """Why no work can be taken at the moment; None when it can."""
 
@@ -155,24 +159,29 @@ class RewardWorker:
 
     async def _handle(self, claim: Claim) -> str | None:
         """Score the entry and end the claim; returns what went wrong if the claim is to be handed back instead."""
-        try:
-            async with self._queue.keep(claim):
-                return await self._score(claim)
-        except LeaseLostError as error:
-            _lost(error)
-            return None
-        except asyncio.CancelledError:
-            await self._hand_back(claim)
-            raise
+        self.in_hand = 1
+        with logged_group(group_named_in(claim.payload)):
+            try:
+                async with self._queue.keep(claim):
+                    return await self._score(claim)
+            except LeaseLostError as error:
+                _lost(error)
+                return None
+            except asyncio.CancelledError:
+                await self._hand_back(claim)
+                raise
+            finally:
+                self.in_hand = 0
 
     async def _hand_back(self, claim: Claim) -> None:
-        try:
-            async with asyncio.timeout(HAND_BACK_S):
-                await self._queue.hand_back(claim)
-        except (QueueError, TimeoutError) as error:
-            logger.warning("%s is not handed back, so its lease lapses: %s", claim, error)
-        else:
-            GROUPS.labels(outcome="handed_back").inc()
+        with logged_group(group_named_in(claim.payload)):
+            try:
+                async with asyncio.timeout(HAND_BACK_S):
+                    await self._queue.hand_back(claim)
+            except (QueueError, TimeoutError) as error:
+                logger.warning("%s is not handed back, so its lease lapses: %s", claim, error)
+            else:
+                GROUPS.labels(outcome="handed_back").inc()
 
     async def _score(self, claim: Claim) -> str | None:
         fault("reward.after_claim")
@@ -194,6 +203,7 @@ class RewardWorker:
         await self._queue.complete(claim, forward=self._streams.scored(scored.group.prompt.purpose), payload=payload)
         fault("reward.after_complete")
         GROUPS.labels(outcome="scored").inc()
+        _log_scored(scored)
         _count(scored)
         return None
 
@@ -207,18 +217,19 @@ class RewardWorker:
 
     async def _retry_later(self, claim: Claim, problem: str, ended: asyncio.Event) -> None:
         """Keep the lease for a pause, which the worker's end cuts short, then report the error."""
-        try:
-            async with self._queue.keep(claim):
-                await _wait(ended, RETRY_PAUSES_S[claim.errors])
-                await self._queue.retry(claim, problem)
-            GROUPS.labels(outcome="retry").inc()
-        except LeaseLostError as error:
-            _lost(error)
-        except asyncio.CancelledError:
-            await self._hand_back(claim)
-            raise
-        except QueueError as error:
-            logger.warning("%s is not handed back and will be taken up when its lease ends: %s", claim, error)
+        with logged_group(group_named_in(claim.payload)):
+            try:
+                async with self._queue.keep(claim):
+                    await _wait(ended, RETRY_PAUSES_S[claim.errors])
+                    await self._queue.retry(claim, problem)
+                GROUPS.labels(outcome="retry").inc()
+            except LeaseLostError as error:
+                _lost(error)
+            except asyncio.CancelledError:
+                await self._hand_back(claim)
+                raise
+            except QueueError as error:
+                logger.warning("%s is not handed back and will be taken up when its lease ends: %s", claim, error)
 
 
 def _explain(error: Exception) -> tuple[str, str]:
@@ -235,6 +246,12 @@ def _errors_allowed(error: Exception) -> int:
 def _lost(error: LeaseLostError) -> None:
     logger.warning("%s", error)
     GROUPS.labels(outcome="lease_lost").inc()
+
+
+def _log_scored(scored: ScoredGroup) -> None:
+    rewards = [score.reward for score in scored.scores]
+    said = {"seconds": round(scored.reward_s, 4), "completions": len(rewards), "mean_reward": round(fmean(rewards), 4)}
+    logger.info("scored the group", extra={**said, "replica": scored.group.replica})
 
 
 def _count(scored: ScoredGroup) -> None:

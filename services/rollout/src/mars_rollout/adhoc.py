@@ -39,6 +39,7 @@ from mars_shared.errors import InputError, NotReadyError
 from mars_shared.frames import box_faults, resolved_box_frame
 from mars_shared.http import explain_validation
 from mars_shared.images import media_type_of, open_image
+from mars_shared.logs import GROUP_HEADER
 from mars_shared.settings import Deployment, Recipe
 
 _BLOB = re.compile(r"[0-9a-f]{64}")
@@ -236,17 +237,19 @@ class RewardClient:
             ScoreItem(completion=c.text, truth=truth, frame=group.view_of(c.source).frame, question=group.prompt.question)
             for c in group.completions
         )
-        response = await self._score(ScoreRequest(items=items))
+        response = await self._score(ScoreRequest(items=items), group.group_id)
         return GroupAnswer(group=group, scores=response.scores, recipe=response.recipe, gain=_gain(group, response.scores))
 
     async def close(self) -> None:
         """Close the connection."""
         await self._http.aclose()
 
-    async def _score(self, request: ScoreRequest) -> ScoreResponse:
+    async def _score(self, request: ScoreRequest, group_id: str) -> ScoreResponse:
         try:
             response = await self._http.post(
-                "/v1/score", content=request.model_dump_json(), headers={"content-type": "application/json"}
+                "/v1/score",
+                content=request.model_dump_json(),
+                headers={"content-type": "application/json", GROUP_HEADER: group_id},
             )
         except httpx.HTTPError as error:
             raise NotReadyError(f"the reward service at {self._url} does not answer ({error}); is it running?") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,15 @@ from mars_rollout.engine.base import Engine
 from mars_rollout.group import GroupMaker
 from mars_rollout.metrics import count_group
 from mars_rollout.policy import Policy
-from mars_shared.errors import InputError, MediaTypeError, NotReadyError
+from mars_rollout.worker import log_made
+from mars_shared.contracts import Prompt
+from mars_shared.errors import InputError, MarsError, MediaTypeError, NotReadyError
+from mars_shared.gpu import gpu_memory
 from mars_shared.http import create_app
+from mars_shared.logs import logged_group
 from mars_shared.settings import Deployment
+
+logger = logging.getLogger(__name__)
 
 MAX_FORM_FIELDS = 32
 MAX_FORM_FILES = 64
@@ -42,7 +49,7 @@ def build_app(deployment: Deployment, stage: Stage, *, ready: Callable[[], str |
     Raises:
         ConfigError: it would serve beyond loopback without a key.
     """
-    app = create_app("mars rollout service", deployment, ready=ready)
+    app = create_app("mars rollout service", deployment, ready=ready, collectors=[gpu_memory()])
 
     @app.post("/v1/rollouts", openapi_extra={"requestBody": _body_schema()})
     async def make_group(request: Request) -> GroupAnswer:
@@ -50,9 +57,8 @@ def build_app(deployment: Deployment, stage: Stage, *, ready: Callable[[], str |
         if stage.maker is None:
             raise NotReadyError("the engine is starting; ask again once /readyz answers 200")
         prompt = await asyncio.to_thread(stage.prompts.prompt, await _read(request))
-        group = await stage.maker.make(prompt)
-        count_group(group)
-        return await stage.rewards.answer(group)
+        with logged_group(prompt.task_id):
+            return await _answer(prompt, stage.maker, stage.rewards)
 
     @app.get("/v1/version")
     async def version() -> dict[str, str]:
@@ -76,6 +82,19 @@ def build_app(deployment: Deployment, stage: Stage, *, ready: Callable[[], str |
 def mount_openai(app: FastAPI, openai_app: ASGIApp) -> None:
     """Serve vLLM's app for every path that is not ours; the guard stands before both."""
     app.mount("/", openai_app)
+
+
+async def _answer(prompt: Prompt, maker: GroupMaker, rewards: RewardClient) -> GroupAnswer:
+    """The group with its scores; the log says what became of it, since no stream and no record does."""
+    logger.info("asked over HTTP")
+    try:
+        group = await maker.make(prompt)
+        log_made(group)
+        count_group(group)
+        return await rewards.answer(group)
+    except MarsError as error:
+        logger.warning("not answered: %s: %s", type(error).__name__, error)
+        raise
 
 
 async def _read(request: Request) -> GroupRequest:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from mars_shared.contracts import PolicyVersion, RolloutGroup
+from mars_shared.contracts import Kind, PolicyVersion, Purpose, RolloutGroup
 
 GROUPS = Counter("mars_rollout_groups", "Groups, by purpose and by what became of them", ["purpose", "outcome"])
-"""`outcome` is "made", "dead_letter", "retry", "handed_back", "lease_lost" or "superseded"."""
+OUTCOMES = ("made", "dead_letter", "retry", "handed_back", "lease_lost", "superseded")
+UNREAD = "unknown"
+"""The purpose of a group whose prompt was not read."""
 
 TOKENS = Counter("mars_rollout_tokens", "Sampled tokens", ["purpose", "kind"])
-"""`kind` is "multi" or "mono"."""
 
 GENERATION_SECONDS = Histogram(
     "mars_rollout_generation_seconds", "Wall seconds to make one group", ["purpose"], buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -26,17 +28,40 @@ UPDATE_SECONDS = Histogram(
     ["stage"],
     buckets=(0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
 )
-"""`stage` is "plan", "fetch", "decode" (verify and apply to the mirror), "rehearse", "write" or "pack"."""
+STAGES = ("plan", "fetch", "decode", "rehearse", "write", "pack")
+"""To decode is to verify, and to apply to the mirror."""
 
 FETCHED_BYTES = Counter("mars_rollout_weight_fetched_bytes", "Bytes of publications fetched", ["kind"])
-"""`kind` is "snapshot" or "delta"."""
+FETCHED_KINDS = ("snapshot", "delta")
 
 REFUSED = Counter("mars_rollout_weights_refused", "Publications and announced versions that were not applied", ["reason"])
-"""`reason` is "damaged" (a publication is not what its manifest says), or, of the announced version, "unreachable" (no good
-publications lead to it), "replayed", "model" or "engine" (its tensors don't fit)."""
+REASONS = ("damaged", "unreachable", "replayed", "model", "engine")
+"""A damaged publication is not what its manifest says; of the announced version, "unreachable": no good publications lead to
+it, "engine": its tensors don't fit."""
 
 POLICY_STEP = Gauge("mars_rollout_policy_step", "Step of the served policy version")
 POLICY_INCARNATION = Gauge("mars_rollout_policy_incarnation", "Incarnation of the served policy version")
+
+
+def show_all() -> None:
+    """Make every series begin at 0: what never happened is then seen as such, and a first time as an increase."""
+    for purpose, outcome in product(Purpose, OUTCOMES):
+        GROUPS.labels(purpose=purpose.value, outcome=outcome)
+    for outcome in ("dead_letter", "handed_back", "lease_lost"):
+        GROUPS.labels(purpose=UNREAD, outcome=outcome)
+    for purpose, kind in product(Purpose, Kind):
+        TOKENS.labels(purpose=purpose.value, kind=kind.value)
+    for purpose in Purpose:
+        GENERATION_SECONDS.labels(purpose=purpose.value)
+    for stage in STAGES:
+        UPDATE_SECONDS.labels(stage=stage)
+    for fetched in FETCHED_KINDS:
+        FETCHED_BYTES.labels(kind=fetched)
+    for reason in REASONS:
+        REFUSED.labels(reason=reason)
+
+
+show_all()
 
 
 def count_group(group: RolloutGroup) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp
 
 from mars_rollout.adhoc import AdhocPrompts, RewardClient
 from mars_rollout.app import Stage, build_app, mount_openai
-from mars_rollout.engine.base import Engine
+from mars_rollout.engine.base import BASE_VERSION, Engine
 from mars_rollout.group import GroupMaker
 from mars_rollout.policy import Policy
 from mars_rollout.pull import Puller
@@ -24,9 +25,10 @@ from mars_rollout.worker import RolloutWorker
 from mars_shared.blobs import BlobStore
 from mars_shared.errors import NotReadyError
 from mars_shared.http import HttpServer
+from mars_shared.logs import configure_logging
 from mars_shared.queue import Queue, Streams
+from mars_shared.registry import Heartbeat, Registry, keep_announced, software
 from mars_shared.settings import Deployment, Recipe
-from mars_shared.telemetry import configure_logging
 from mars_shared.weights.bits.warm_up import compile_codec
 from mars_shared.weights.source import open_source
 
@@ -47,11 +49,15 @@ LAST_WORDS_S = 20.0
 class Replica:
     """One replica of one run."""
 
-    def __init__(self, recipe: Recipe, deployment: Deployment, queue: Queue, *, name: str) -> None:
+    def __init__(self, recipe: Recipe, deployment: Deployment, queue: Queue, registry: Registry, *, name: str) -> None:
         self._recipe = recipe
         self._deployment = deployment
         self._queue = queue
+        self._registry = registry
         self._name = name
+        self._began = time.time()
+        self._worker: RolloutWorker | None = None
+        self._software = software()
         self._blobs = BlobStore(recipe.run.dir / "blobs")
         self._source = open_source(recipe.weights.url, recipe.run.dir / "weights", deployment.api_key)
         self._rewards = RewardClient(deployment)
@@ -68,9 +74,12 @@ class Replica:
         app = build_app(self._deployment, self._stage, ready=lambda: self._problem)
         server = HttpServer(app, listener)
         await server.start()
+        announcing = asyncio.create_task(keep_announced(self._registry, self._heartbeat))
         try:
             await self._start_and_work(app, stop)
         finally:
+            announcing.cancel()
+            await asyncio.wait({announcing})
             await server.stop()
             await self._rewards.close()
             await self._source.aclose()
@@ -107,7 +116,7 @@ class Replica:
         maker = GroupMaker(engine, renderer, self._blobs, replica=self._name, data=recipe.data)
         openai_app = await build_openai_app(engine, recipe)
         # vLLM raises the level of the root logger and its handlers, when it is imported and when its app is built.
-        configure_logging(self._name)
+        configure_logging("rollout", name=self._name, run=recipe.run.name, secret_url=recipe.weights.url)
         return engine, openai_app, maker
 
     async def _work(self, engine: Engine, maker: GroupMaker, stop: asyncio.Event) -> None:
@@ -127,6 +136,7 @@ class Replica:
             concurrency=self._recipe.rollout.concurrent_groups,
             healthy=lambda: engine.alive and policy.fault is None,
         )
+        self._worker = worker
         async with asyncio.TaskGroup() as tasks:
             aside = [tasks.create_task(work) for work in (policy.follow(), _watch(engine), self._sweep_uploads())]
             await self._until_current(policy, stop)
@@ -149,6 +159,17 @@ class Replica:
         while not (policy.announced or stop.is_set()):  # noqa: ASYNC110  # another process announces
             await asyncio.sleep(WATCH_S)
         await worker.run(stop)
+
+    def _heartbeat(self) -> Heartbeat:
+        engine = self._stage.engine
+        return Heartbeat(
+            service="rollout",
+            name=self._name,
+            started=self._began,
+            in_hand=self._worker.in_hand if self._worker else 0,
+            version=engine.version if engine is not None and engine.version != BASE_VERSION else None,
+            software=self._software,
+        )
 
     async def _sweep_uploads(self) -> None:
         while True:

@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable
 from pydantic import ValidationError
 
 from mars_rollout.group import GroupMaker
-from mars_rollout.metrics import GROUPS, count_group
+from mars_rollout.metrics import GROUPS, UNREAD, count_group
 from mars_rollout.policy import Policy, SupersededError
 from mars_shared.contracts import Prompt, RolloutGroup
 from mars_shared.errors import InputError, LeaseLostError, MarsError
 from mars_shared.faults import fault
 from mars_shared.http import explain_validation
+from mars_shared.logs import group_named_in, logged_group
 from mars_shared.patience import patiently
 from mars_shared.queue import Claim, Queue, Streams
 
@@ -68,6 +69,11 @@ class RolloutWorker:
         """Claimed and not begun: what a predecessor of this name held."""
         self._in_hand: set[asyncio.Task[None]] = set()
 
+    @property
+    def in_hand(self) -> int:
+        """Groups that it works on."""
+        return len(self._in_hand)
+
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then finish what is in hand; cancelled, hand back what is not finished.
 
@@ -107,6 +113,10 @@ class RolloutWorker:
 
     async def _handle(self, claim: Claim, *, alone: bool = False) -> None:
         """Make the entry's group, `alone` once nothing else is in hand, and end or lose the claim."""
+        with logged_group(group_named_in(claim.payload)):
+            await self._handle_group(claim, alone=alone)
+
+    async def _handle_group(self, claim: Claim, *, alone: bool) -> None:
         try:
             async with self._queue.keep(claim):
                 if alone and self._in_hand:
@@ -114,7 +124,7 @@ class RolloutWorker:
                 await self._answer(claim, alone=alone)
         except LeaseLostError as error:
             logger.warning("%s", error)
-            GROUPS.labels(purpose="unknown", outcome="lease_lost").inc()
+            GROUPS.labels(purpose=UNREAD, outcome="lease_lost").inc()
         except asyncio.CancelledError:
             # Of an engine that died the prompts in hand may be the cause: their leases lapse, which counts.
             if self._healthy():
@@ -126,15 +136,16 @@ class RolloutWorker:
         await asyncio.gather(*(self._hand_back(claim) for claim in waiting))
 
     async def _hand_back(self, claim: Claim) -> None:
-        try:
-            async with asyncio.timeout(HAND_BACK_S):
-                await patiently(lambda: self._queue.hand_back(claim))
-        except TimeoutError:
-            logger.warning("%s is not handed back, since Redis does not answer; its lease lapses", claim)
-        except LeaseLostError as error:
-            logger.warning("%s", error)
-        else:
-            GROUPS.labels(purpose="unknown", outcome="handed_back").inc()
+        with logged_group(group_named_in(claim.payload)):
+            try:
+                async with asyncio.timeout(HAND_BACK_S):
+                    await patiently(lambda: self._queue.hand_back(claim))
+            except TimeoutError:
+                logger.warning("%s is not handed back, since Redis does not answer; its lease lapses", claim)
+            except LeaseLostError as error:
+                logger.warning("%s", error)
+            else:
+                GROUPS.labels(purpose=UNREAD, outcome="handed_back").inc()
 
     async def _answer(self, claim: Claim, *, alone: bool) -> None:
         """Make the entry's group and end the claim, one way or another."""
@@ -142,6 +153,7 @@ class RolloutWorker:
         prompt = await self._read(claim)
         if prompt is None:
             return
+        logger.info("took the prompt up", extra={"attempt": claim.attempt, "prompt_id": prompt.prompt_id})
         try:
             group = await self._make(prompt, alone=claim if alone else None)
         except SupersededError as error:
@@ -164,6 +176,7 @@ class RolloutWorker:
             fault("rollout.before_complete")
             await patiently(lambda: self._queue.complete(claim, forward=self._streams.rollouts, payload=payload))
             fault("rollout.after_complete")
+            log_made(group)
             count_group(group)
 
     async def _read(self, claim: Claim) -> Prompt | None:
@@ -174,7 +187,7 @@ class RolloutWorker:
             problems = explain_validation(error.errors(include_url=False)[:5])
             detail = f"entry of {len(claim.payload)} bytes is no Prompt: {problems}"
             await patiently(lambda: self._queue.dead_letter(claim, "unreadable", detail))
-            GROUPS.labels(purpose="unknown", outcome="dead_letter").inc()
+            GROUPS.labels(purpose=UNREAD, outcome="dead_letter").inc()
             return None
         if claim.lone_deaths >= MAX_LONE_DEATHS or claim.deaths >= MAX_DEATHS:
             detail = (
@@ -202,3 +215,10 @@ class RolloutWorker:
     async def _end(self, prompt: Prompt, outcome: str, how: Callable[[], Awaitable[object]]) -> None:
         await patiently(how)
         GROUPS.labels(purpose=prompt.purpose.value, outcome=outcome).inc()
+
+
+def log_made(group: RolloutGroup) -> None:
+    """Say that a group was made, by which policy, and what it took."""
+    tokens = sum(len(completion.token_ids) for completion in group.completions)
+    said = {"version": str(group.policy_version), "seconds": round(group.generation_s, 3), "tokens": tokens}
+    logger.info("made the group", extra=said)

@@ -7,31 +7,38 @@ import asyncio
 import fcntl
 import logging
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
 
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import PolicyVersion, Purpose
 from mars_shared.errors import ConfigError, MarsError
 from mars_shared.faults import arm
 from mars_shared.http import HttpServer, bind
+from mars_shared.logs import configure_logging, last_words
 from mars_shared.model_folder import check_model_folder
 from mars_shared.queue import Queue
+from mars_shared.registry import Registry
 from mars_shared.settings import Deployment, Recipe, load_deployment, load_recipe
-from mars_shared.telemetry import EventLog, configure_logging
+from mars_shared.telemetry import EventLog
 from mars_shared.weights import WeightsStore
 from mars_trainer.app import build_app
 from mars_trainer.checkpoint import CheckpointStore, Ledger, model_identity
 from mars_trainer.datasets import RunData, open_data, open_held_out
 from mars_trainer.dispatch import PromptMaker
 from mars_trainer.exchange import Exchange, trainer_queue
+from mars_trainer.group_log import GroupLog
 from mars_trainer.learner import Learner
-from mars_trainer.loop import Progress, TrainingRun
+from mars_trainer.loop import TrainingRun
+from mars_trainer.monitor import Monitor
+from mars_trainer.progress import Progress
 from mars_trainer.publish import Publisher
-from mars_trainer.samples import SampleLog
 from mars_trainer.selftest import SelfTest
+from mars_trainer.trackers import tracking
+from mars_trainer.trackers.runner import exit_despite_trackers
 
 logger = logging.getLogger("mars_trainer")
 
@@ -45,13 +52,16 @@ def main() -> int:
     parser.add_argument("--mode", choices=["once", "linger", "evaluate"], default="once", help="what to do, and when to end")
     arguments = parser.parse_args()
     configure_logging("trainer")
+    disable_progress_bar()  # of loading weights: a log has lines
     try:
         recipe, deployment = load_recipe(arguments.recipe), load_deployment()
+        configure_logging("trainer", run=recipe.run.name, secret_url=recipe.weights.url)
         arm(recipe.run.dir)
-        with only_trainer(recipe.run.dir):
+        with only_trainer(recipe.run.dir), nullcontext() if arguments.mode == "evaluate" else tracking(recipe):
             done = asyncio.run(serve(recipe, deployment, arguments.port, arguments.mode))
     except MarsError as error:
-        logger.error("%s: %s", type(error).__name__, error)
+        logger.error("ended by %s: %s", type(error).__name__, error)
+        last_words("mars_trainer", error)
         return error.exit_code
     return 0 if done else TERMINATED_EXIT_CODE
 
@@ -84,8 +94,12 @@ async def serve(recipe: Recipe, deployment: Deployment, port: int, mode: str) ->
     run = build_run(recipe, queue, data, newest_incarnation=await queue.newest_incarnation(recipe.run.name))
     await queue.begin_incarnation(recipe.run.name, run.version.incarnation)
     weights = WeightsStore(recipe.run.dir / "weights")
-    server = HttpServer(build_app(deployment, run.progress, weights), bind(deployment.host, port))
+    registry = Registry(deployment.redis_url, recipe.run.name)
+    monitor = Monitor(registry, run.progress, run.events)
+    app = build_app(deployment, run.progress, weights, lambda: monitor.newest)
+    server = HttpServer(app, bind(deployment.host, port))
     await server.start()
+    monitoring = asyncio.create_task(monitor.follow(), name="monitor")
     work = run.evaluate_newest() if mode == "evaluate" else run.run()
     training = asyncio.create_task(work, name="training")
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -99,7 +113,10 @@ async def serve(recipe: Recipe, deployment: Deployment, port: int, mode: str) ->
             await stopped(loop)
         return True
     finally:
+        monitoring.cancel()
+        await asyncio.wait({monitoring})
         await server.stop()
+        await registry.close()
         await queue.close()
 
 
@@ -148,7 +165,7 @@ def build_run(recipe: Recipe, queue: Queue, data: RunData, *, newest_incarnation
         publisher=Publisher(recipe, weights),
         checkpoints=checkpoints,
         events=events,
-        samples=SampleLog(recipe.run.dir / "groups.jsonl"),
+        groups=GroupLog(recipe.run.dir / "groups"),
         evaluations=recipe.run.dir / "evaluations",
         ledger=ledger,
         restored_from=newest.ledger.version if newest else None,
@@ -166,4 +183,4 @@ def build_run(recipe: Recipe, queue: Queue, data: RunData, *, newest_incarnation
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_despite_trackers(main)

@@ -21,6 +21,7 @@ from mars_trainer.credit import credit
 from mars_trainer.datasets import Sample
 from mars_trainer.dispatch import PromptMaker, place_of
 from mars_trainer.exchange import Answer, Death, Exchange, Retry
+from mars_trainer.exposition import count_dead
 from mars_trainer.window import Window
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Collector:
         self._dead = dead
         self._retried = list(ledger.retried)
         """Dispatch indices of the dead whose prompts were asked again, as others."""
+        self._arrived: list[Answer] = []
+        """Since they were last taken."""
         self._retries: list[Claim] = []
         """Entries of retries that were looked at since the last step."""
         self._unusable: list[tuple[int, InputError]] = []
@@ -99,6 +102,7 @@ class Collector:
             await on_disk(self._dispatch)
             await self._report_unusable()
             answers, deaths = await self._exchange.receive()
+            self._arrived += answers
             for answer in answers:
                 self._window.arrive(answer.scored.group.prompt.dispatch_index, self._judged(answer))
             for death in deaths:
@@ -110,6 +114,11 @@ class Collector:
                 f"step {self.version.step + 1}: every prompt died, {self._window.died} replacements too; see the events"
             )
         return Batch(wanted=self._window.batch, kept=kept, dropped=dropped)
+
+    def take_arrived(self) -> list[Answer]:
+        """What arrived since the last call, whichever step will train on it."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
     def advance(self, version: PolicyVersion) -> list[Claim]:
         """The step is in the weights of `version`; returns the entries of retries that are dealt with."""
@@ -162,6 +171,7 @@ class Collector:
                 self._window.skip()
                 self._dead.append(index)
                 self._unusable.append((index, error))
+                count_dead(self._recipe.run.name)
                 self._events.write("dead", reason=str(error))
         raise InputError(f"none of the {rows} training samples can be opened; see the events, or run `mars data check`")
 
@@ -187,6 +197,7 @@ class Collector:
         prompt, letter = death.prompt, death.letter
         self._window.bury(prompt.dispatch_index)
         self._dead.append(prompt.dispatch_index)
+        count_dead(self._recipe.run.name)
         reason = f"{letter.reason}: {letter.detail.splitlines()[-1] if letter.detail else ''}"
         self._events.write("dead", task_id=prompt.task_id, prompt_id=prompt.prompt_id, reason=reason)
 

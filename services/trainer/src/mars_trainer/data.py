@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from mars_shared.bars import tracked
 from mars_shared.errors import ConfigError, InputError, MarsError
+from mars_shared.terminal import printable
 from mars_trainer.datasets.check import Findings, PromptLength, check
 from mars_trainer.datasets.convert import convert
-from mars_trainer.datasets.formats import FORMATS, data_path, format_of, read_records
+from mars_trainer.datasets.formats import FORMATS, count_rows, data_path, format_of, read_records
 from mars_trainer.datasets.images import image_bytes
 
 SHOWN = 8
@@ -39,9 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prompt_length=_prompt_length(options.model, options.max_prompt_length),
             max_prompt_length=options.max_prompt_length or 0,
         )
-        _report(findings, options.path, format)
+        if options.json:
+            sys.stdout.write(json.dumps(_as_json(findings, options.path, format)) + "\n")
+        else:
+            _report(findings, options.path, format)
         if options.sheet and findings.good:
-            _draw(findings, images, options.sheet, title=f"{options.path.name}, {format}")
+            _draw(findings, images, options.sheet, title=f"{options.path.name}, {format}", told=not options.json)
     except MarsError as error:
         sys.stderr.write(f"mars: {error}\n")
         return error.exit_code
@@ -85,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--max-prompt-length", type=int, metavar="N", help="a prompt of more tokens is a fault")
             command.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="an image with more is a fault")
+            command.add_argument("--json", action="store_true", help="print what was found as one JSON object")
             command.add_argument("--sheet", type=Path, metavar="SHEET.png", help="write a contact sheet of the first good rows")
     return parser
 
@@ -92,24 +100,32 @@ def _parser() -> argparse.ArgumentParser:
 def _report(findings: Findings, path: Path, format: str) -> None:
     lines = [*findings.faults, f"{path}: {findings.rows} rows of format {format}, {len(findings.good)} without a fault"]
     lines += [f"  {name}: {value}" for name, value in findings.statistics().items()]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
 
 
-def _draw(findings: Findings, images: Path, sheet: Path, *, title: str) -> None:
+def _as_json(findings: Findings, path: Path, format: str) -> dict[str, Any]:
+    found = {"rows": findings.rows, "good": len(findings.good), "faults": findings.faults}
+    return {"path": str(path), "format": format, **found, "statistics": findings.statistics()}
+
+
+def _draw(findings: Findings, images: Path, sheet: Path, *, title: str, told: bool) -> None:
     from mars_trainer.pictures import draw_records
 
     shown = [record for record, _ in findings.good[:SHOWN]]
     draw_records(
         [(record, [image_bytes(record, image, images) for image in record.images]) for record in shown], sheet, title=title
     )
-    sys.stdout.write(f"contact sheet: {sheet}\n")
+    if told:
+        sys.stdout.write(f"contact sheet: {sheet}\n")
 
 
 def _convert(options: argparse.Namespace, format: str, names: Sequence[str] | None, images: Path) -> int:
     out: Path = options.out
     if out.resolve() == options.path.resolve():
         raise ConfigError(f"{out} is the file that is read; name another one to write, so that what you have stays as it is")
-    done = convert(read_records(options.path, format, names, options.split), out, images=images)
+    records = read_records(options.path, format, names, options.split)
+    with tracked(records, "converting", "question", count_rows(options.path, format, options.split)) as tracked_records:
+        done = convert(tracked_records, out, images=images)
     own = done.image_root == out.parent.resolve()
     told = "below its own folder" if own else f"below {done.image_root}: name that as --images to check it"
     sys.stdout.write(f"{out}: {done.questions} questions; image paths are {told}\n")

@@ -14,6 +14,7 @@ from mars_shared.frames import resolved_box_frame
 from mars_shared.images import open_image
 from mars_shared.model_folder import check_model_folder
 from mars_shared.settings import Recipe, load_recipe
+from mars_shared.trackers import check_trackers
 from mars_shared.weights import open_source
 from mars_trainer.datasets import RunData, open_data
 from mars_trainer.datasets.base import Sample
@@ -40,12 +41,13 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     """The parts of the answer, each once it is known.
 
     Raises:
-        ConfigError: the model folder, the URL of the weights or the data cannot be used.
+        ConfigError: the model folder, the URL of the weights, a tracker or the data cannot be used.
         InputError: the first sample's images are not in order.
     """
     yield resolved(recipe)
     check_model_folder(recipe.model.path)
     open_source(recipe.weights.url, recipe.run.dir / "weights")
+    check_trackers(recipe.track.trackers)
     yield f"boxes are written in the frame {resolved_box_frame(recipe.model).value!r}"
     data = open_data(recipe.data)
     sample = first_sample(recipe, data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from mars_shared.contracts import Kind, PolicyVersion, Prompt, ReleasedEval, Score, ScoredGroup
 from mars_shared.errors import InputError
 from mars_shared.files import write_atomic
+from mars_shared.telemetry import EventLog
 from mars_trainer.algorithm.bootstrap import Interval, mean_interval
 from mars_trainer.datasets import HeldOut
 from mars_trainer.dispatch import PromptMaker
@@ -26,6 +28,8 @@ from mars_trainer.exchange import Answer, Death, Exchange
 EvaluationKind = Literal["evaluation", "evaluated"]
 """Of a run on its way, or by `mars eval`, which changes nothing of the run: the event's name."""
 
+EVALUATING_EVERY_S = 2.0
+"""How often an evaluation under way says how far it is."""
 CORRECT_IOU = 0.5
 """A grounding sample is correct above this mIoU (strictly), as in the paper's evaluation."""
 
@@ -168,7 +172,12 @@ def summarise_by_dataset(results: Sequence[SampleResult]) -> dict[str, Any]:
 
 
 async def evaluate(
-    exchange: Exchange, maker: PromptMaker, held_out: HeldOut, version: PolicyVersion, on_dead: Callable[[str], None]
+    exchange: Exchange,
+    maker: PromptMaker,
+    held_out: HeldOut,
+    version: PolicyVersion,
+    on_dead: Callable[[str], None],
+    on_progress: Callable[[int], None] = lambda answered: None,
 ) -> tuple[list[SampleResult], list[Answer]]:
     """Ask every sample of a version and wait for all. Samples that die are left out and reported to `on_dead`."""
     dataset_of: dict[str, str] = {}
@@ -187,9 +196,23 @@ async def evaluate(
     def skip(death: Death) -> None:
         on_dead(f"{death.prompt.prompt_id}: {death.letter.reason}")
 
-    answers = await exchange.gather(await asyncio.to_thread(list, prompts()), on_death=skip)
+    answers = await exchange.gather(await asyncio.to_thread(list, prompts()), on_death=skip, on_progress=on_progress)
     await exchange.acknowledge([answer.claim for answer in answers])
     return [result_of(answer.scored, dataset_of[answer.scored.group.group_id]) for answer in answers], answers
+
+
+def progress_events(events: EventLog, step: int, samples: int) -> Callable[[int], None]:
+    """Writes down how far an evaluation is, at most every EVALUATING_EVERY_S; for `evaluate`'s `on_progress`."""
+    next_at = time.monotonic()
+
+    def on_progress(answered: int) -> None:
+        nonlocal next_at
+        now = time.monotonic()
+        if now >= next_at:
+            next_at = now + EVALUATING_EVERY_S
+            events.write("evaluating", step=step, done=answered, samples=samples)
+
+    return on_progress
 
 
 def results_name(kind: EvaluationKind, step: int) -> str:

@@ -21,6 +21,7 @@ from mars_shared.contracts import Prompt, Purpose, RolloutGroup, ScoredGroup
 from mars_shared.errors import InputError, QueueUnavailableError
 from mars_shared.faults import fault
 from mars_shared.letters import FaultyRow
+from mars_shared.logs import group_named_in, logged_group
 from mars_shared.patience import patiently
 from mars_shared.queue import Claim, DeadLetter, PutResult, Queue, Streams
 
@@ -150,8 +151,18 @@ class Exchange:
             self._next_reconcile = 0.0
         return answers, deaths
 
-    async def gather(self, prompts: Iterable[Prompt], *, on_death: Callable[[Death], None] = lambda death: None) -> list[Answer]:
-        """Ask all prompts and wait until each is answered or dead; answers in dispatch order."""
+    async def gather(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        on_death: Callable[[Death], None] = lambda death: None,
+        on_progress: Callable[[int], None] = lambda answered: None,
+    ) -> list[Answer]:
+        """Ask all prompts and wait until each is answered or dead; answers in dispatch order.
+
+        Args:
+            on_progress: told now and then how many are answered.
+        """
         self.ask(prompts)
         answers: list[Answer] = []
         while self.outstanding:
@@ -159,6 +170,7 @@ class Exchange:
             answers += arrived
             for death in deaths:
                 on_death(death)
+            on_progress(len(answers))
         return sorted(answers, key=lambda answer: answer.scored.group.prompt.dispatch_index)
 
     async def report_dead(self, dispatch_index: int, error: InputError) -> None:
@@ -189,7 +201,13 @@ class Exchange:
                 return
             self._full = False
             self._waiting.popleft()
+            self._say_asked(prompt)
             fault("trainer.after_ask")
+
+    def _say_asked(self, prompt: Prompt) -> None:
+        said = {"prompt_id": prompt.prompt_id, "version": str(prompt.policy_version)}
+        with logged_group(prompt.task_id):
+            logger.info("asked for the group", extra=said)
 
     def _say_full(self, waiting: int) -> None:
         if not self._full:
@@ -222,19 +240,21 @@ class Exchange:
 
     async def _accept(self, claim: Claim, answers: list[Answer]) -> None:
         """Append the claim as an answer; drop a second one, or one to a prompt of another incarnation."""
-        try:
-            scored = ScoredGroup.model_validate_json(claim.payload)
-        except ValidationError as error:
-            await self.queue.dead_letter(claim, "not a scored group of schema 1", str(error))
-            return
-        group = scored.group
-        if self._outstanding.get(group.group_id) != group.prompt:
-            logger.info("dropped an answer to %s that nobody waits for", group.group_id)
-            await self.queue.acknowledge([claim])
-            return
-        self._forget(group.group_id)
-        self._held.add(claim.entry_id)
-        answers.append(Answer(claim, scored))
+        with logged_group(group_named_in(claim.payload)):
+            try:
+                scored = ScoredGroup.model_validate_json(claim.payload)
+            except ValidationError as error:
+                await self.queue.dead_letter(claim, "not a scored group of schema 1", str(error))
+                return
+            group = scored.group
+            if self._outstanding.get(group.group_id) != group.prompt:
+                logger.info("dropped an answer to %s that nobody waits for", group.group_id)
+                await self.queue.acknowledge([claim])
+                return
+            self._forget(group.group_id)
+            self._held.add(claim.entry_id)
+            answers.append(Answer(claim, scored))
+            logger.info("received the scored group", extra={"replica": group.replica})
         fault("trainer.after_take")
 
     def _forget(self, task_id: str) -> Prompt | None:
@@ -249,7 +269,8 @@ class Exchange:
             self._last_dead = letter.entry_id
             prompt = self._forget(task_by_key.get(letter.key, ""))
             if prompt is not None:
-                logger.error("prompt %s (%s) is dead: %s", prompt.task_id, prompt.prompt_id, letter.reason)
+                with logged_group(prompt.task_id):
+                    logger.error("prompt %s (%s) is dead: %s", prompt.task_id, prompt.prompt_id, letter.reason)
                 deaths.append(Death(prompt, letter))
         return deaths
 
@@ -260,7 +281,8 @@ class Exchange:
             present.update((await self.queue.outstanding(stream)).values())
         for task_id, prompt in list(self._outstanding.items()):
             if self._keys[task_id] not in present:
-                logger.warning("prompt %s is in no stream; it is asked again", task_id)
+                with logged_group(task_id):
+                    logger.warning("prompt %s is in no stream; it is asked again", task_id)
                 self._asked[task_id] += 1
                 del self._outstanding[task_id]
                 self._waiting.append(self.renew(prompt))

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mars_shared.contracts import PolicyVersion
 from mars_shared.faults import fault
@@ -24,33 +23,20 @@ from mars_trainer.collector import Collector
 from mars_trainer.datasets import RunData
 from mars_trainer.disk import despite_full_disk
 from mars_trainer.dispatch import PromptMaker
-from mars_trainer.evaluate import EvaluationKind, evaluate, results_name, summarise_by_dataset, write_results
+from mars_trainer.evaluate import EvaluationKind, evaluate, progress_events, results_name, summarise_by_dataset, write_results
 from mars_trainer.exchange import Answer, Exchange
+from mars_trainer.exposition import begin_counting, count_step
+from mars_trainer.group_log import GroupLog
 from mars_trainer.learner import Learner
 from mars_trainer.metrics import finite, rollout_metrics, staleness_metrics
+from mars_trainer.origin import run_start
+from mars_trainer.progress import Progress
 from mars_trainer.publication import Publications
 from mars_trainer.publish import Publisher
-from mars_trainer.samples import SampleLog
 from mars_trainer.selftest import SelfTest
-from mars_trainer.timeline import stage_seconds
+from mars_trainer.timeline import Efficiency, Interval, stage_seconds
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Where a run is; what GET /v1/run answers."""
-
-    run: str
-    steps: int
-    version: PolicyVersion
-    state: str = "starting"
-    next_dispatch_index: int = 0
-    dead: list[int] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    served: dict[str, str] = field(default_factory=dict)
-    """Policy version by replica, as its last group said."""
 
 
 @dataclass
@@ -66,7 +52,7 @@ class TrainingRun:
     publisher: Publisher
     checkpoints: CheckpointStore
     events: EventLog
-    samples: SampleLog
+    groups: GroupLog
     evaluations: Path
     """Folder of the results of every sample, one file an evaluation."""
     ledger: Ledger
@@ -78,6 +64,9 @@ class TrainingRun:
     publications: Publications = field(init=False)
     _unacknowledged: list[Claim] = field(default_factory=list)
     """Entries of what is in the weights and in no checkpoint."""
+    _evaluated: set[int] = field(default_factory=set)
+    """Steps whose policy the run's events have an evaluation of."""
+    _efficiency: Efficiency = field(default_factory=Efficiency)
 
     def __post_init__(self) -> None:
         self.collector = Collector(
@@ -85,6 +74,7 @@ class TrainingRun:
         )
         self.publications = Publications(self.publisher, self._on_disk)
         self.learner.before_update = self.publications.until_encoded
+        begin_counting(self.recipe.run.name)
         probing = [self.self_test.exchange] if self.self_test else []
         for exchange in (self.training, self.evaluation, *probing):
             exchange.aside, exchange.relieve = self._mend_snapshot, self._make_room
@@ -107,6 +97,9 @@ class TrainingRun:
 
     async def _begin(self) -> None:
         """Publish, and take up what a predecessor had asked: groups that are there are waited for, the rest is asked again."""
+        self._evaluated = await asyncio.to_thread(_evaluated_steps, self.events.path)
+        start = run_start(self.recipe, incarnation=self.version.incarnation, model=self.ledger.model)
+        self.events.write("started", **start.model_dump(mode="json"))
         if self.restored_from is not None:
             self.events.write("resumed", step=self.version.step, incarnation=self.version.incarnation)
         await self.collector.begin(self.restored_from)
@@ -144,11 +137,13 @@ class TrainingRun:
         # Nothing of these groups is in the weights, so no checkpoint waits for them.
         await self.training.acknowledge([judged.answer.claim for judged in batch.dropped])
         self._say_what_is_missing(batch)
-        metrics = finite(rollout_metrics(batch.scored, batch.credits) | batch.metrics | staleness | learned)
-        window = (began, ended)
-        seconds = stage_seconds(window, _intervals(batch.answers, (trained_from, trained_to), push))
-        self._report(metrics, seconds, window, batch.answers)
-        self.samples.step(self.version.step, batch.scored, [credit.advantages for credit in batch.credits])
+        window, training = (began, ended), (trained_from, trained_to)
+        arrived = self.collector.take_arrived()
+        efficiency = {"efficiency": self._efficiency.share(window, {"trainer": [training], **_generation(arrived)})}
+        metrics = finite(rollout_metrics(batch.scored, batch.credits) | batch.metrics | staleness | learned | efficiency)
+        seconds = stage_seconds(window, _intervals(arrived, training, push))
+        self.groups.step(self.version.step, batch)  # before the event, whose readers look for them
+        self._report(metrics, seconds, window, batch)
         last = self.version.step == self.recipe.train.steps
         if last or self.version.step % self.recipe.train.checkpoint_every == 0:
             await self._commit()
@@ -242,11 +237,10 @@ class TrainingRun:
             Checkpoint(ledger=self.ledger, model=self.learner.model_tensors(), optimizer=self.learner.optimizer_tensors())
         )
 
-    def _report(
-        self, metrics: dict[str, float], seconds: dict[str, float], window: tuple[float, float], answers: Sequence[Answer]
-    ) -> None:
-        self.progress.metrics = metrics
-        for answer in answers:
+    def _report(self, metrics: dict[str, float], seconds: dict[str, float], window: Interval, batch: Batch) -> None:
+        self.progress.metrics, self.progress.last_step_at = metrics, window[1]
+        count_step(self.recipe.run.name, self.version.step - 1, batch, seconds, metrics.get("tokens", 0.0))
+        for answer in batch.answers:
             group = answer.scored.group
             self.progress.served[group.replica] = str(group.policy_version)
         self.events.write(
@@ -255,11 +249,11 @@ class TrainingRun:
 
     async def _evaluate(self) -> None:
         """Evaluate this step's policy, if the run's events don't have that yet."""
-        if all(event["step"] != self.version.step for event in read_events(self.events.path, "evaluation")):
-            answers = await self._ask_held_out("evaluation")
-            self.samples.evaluation(self.version.step, [answer.scored for answer in answers])
+        if self.version.step not in self._evaluated:
+            await self._ask_held_out("evaluation")
+            self._evaluated.add(self.version.step)
 
-    async def _ask_held_out(self, kind: EvaluationKind) -> list[Answer]:
+    async def _ask_held_out(self, kind: EvaluationKind) -> None:
         """Evaluate the policy; the event is of that kind, and the results of all samples are kept in a file of their own."""
         self.progress.state = "evaluating"
 
@@ -267,27 +261,41 @@ class TrainingRun:
             self.events.write("dead", reason=reason)
 
         began = time.time()
-        results, answers = await evaluate(self.evaluation, self.prompts, self.data.held_out, self.version, on_dead)
-        file, asked = results_name(kind, self.version.step), {name: len(samples) for name, samples in self.data.held_out.items()}
+        asked = {name: len(samples) for name, samples in self.data.held_out.items()}
+        on_progress = progress_events(self.events, self.version.step, sum(asked.values()))
+        results, answers = await evaluate(self.evaluation, self.prompts, self.data.held_out, self.version, on_dead, on_progress)
+        file = results_name(kind, self.version.step)
         await self._on_disk(lambda: write_results(self.evaluations / file, results))
         entry = {"step": self.version.step, **summarise_by_dataset(results), "asked": asked, "results": file}
         entry["seconds"] = time.time() - began
+        if kind == "evaluation":
+            self.groups.evaluation(self.version.step, [answer.scored for answer in answers])
         self.events.write(kind, **entry)
         self.progress.evaluations.append(entry)
-        return answers
+
+
+def _evaluated_steps(events: Path) -> set[int]:
+    return {event["step"] for event in read_events(events, "evaluation")}
 
 
 def _indices(groups: Iterable[Judged]) -> tuple[int, ...]:
     return tuple(judged.answer.scored.group.prompt.dispatch_index for judged in groups)
 
 
-def _intervals(
-    answers: Sequence[Answer], training: tuple[float, float], push: tuple[float, float] | None
-) -> dict[str, list[tuple[float, float]]]:
-    generation, reward, pulls = [], [], [push] if push else []
+def _generation(answers: Sequence[Answer]) -> dict[str, list[Interval]]:
+    """When groups were made, by replica."""
+    found: dict[str, list[Interval]] = {}
+    for answer in answers:
+        group = answer.scored.group
+        found.setdefault(group.replica, []).append((group.started_at, group.started_at + group.generation_s))
+    return found
+
+
+def _intervals(answers: Sequence[Answer], training: Interval, push: Interval | None) -> dict[str, list[Interval]]:
+    generation = [interval for intervals in _generation(answers).values() for interval in intervals]
+    reward, pulls = [], [push] if push else []
     for answer in answers:
         group, scored = answer.scored.group, answer.scored
-        generation.append((group.started_at, group.started_at + group.generation_s))
         reward.append((scored.scoring_started_at, scored.scoring_started_at + scored.reward_s))
         pulls.append((group.started_at - group.pull_s, group.started_at))
     return {"training": [training], "weight_push": pulls, "generation": generation, "reward": reward}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
@@ -16,15 +14,17 @@ from PIL import Image
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from mars_shared.blobs import BlobStore
-from mars_shared.contracts import BoxesTruth, Completion, Kind, Score, ScoredGroup
+from mars_shared.contracts import BoxesTruth, Kind
 from mars_shared.images import open_image
+from mars_shared.records.groups import AnswerRecord, GroupRecord
 from mars_shared.telemetry import by_step
 from mars_trainer.datasets.records import Record
+from mars_trainer.readable import readable
 
-_BOX = re.compile(r"\[\s*(-?\d{1,6}(?:\.\d{1,6})?(?:\s*,\s*-?\d{1,6}(?:\.\d{1,6})?){3})\s*\]")
 _MAX_PIXELS = 2**26
 _SMOOTHED_STEPS = 10
 
@@ -87,36 +87,36 @@ def _plot_evaluations(axes: Axes, evaluations: Sequence[dict[str, Any]]) -> None
     axes.set_ylim(0, 1)
 
 
-def draw_groups(groups: Sequence[ScoredGroup], blobs: BlobStore, path: Path, *, title: str) -> None:
-    """One row a group: each source with the answers it led to; true boxes green, answered ones red."""
-    columns = max(len(scored.group.prompt.sources) for scored in groups) + 1
-    figure, grid = plt.subplots(
-        len(groups), columns, figsize=(3.2 * columns, 2.9 * len(groups)), squeeze=False, constrained_layout=True
-    )
-    boxes = any(isinstance(scored.group.prompt.truth, BoxesTruth) for scored in groups)
+def draw_groups(groups: Sequence[GroupRecord], blobs: BlobStore, target: Path | BinaryIO, *, title: str) -> None:
+    """One row a group: each source with the answers it led to; true boxes green, answered ones red. Written as PNG.
+
+    Any thread may call it, one at a time: nothing of pyplot is used, whose figures belong to the process.
+    """
+    columns = max(len(group.sources) for group in groups) + 1
+    figure = Figure(figsize=(3.2 * columns, 2.9 * len(groups)), layout="constrained")
+    grid = figure.subplots(len(groups), columns, squeeze=False)
+    boxes = any(isinstance(group.truth, BoxesTruth) for group in groups)
     figure.suptitle(f"{title}; the number is an answer's reward" + ("; true boxes green, answered ones red" if boxes else ""))
-    for axes, scored in zip(grid, groups, strict=True):
-        _draw_group(axes, scored, blobs)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    for axes, group in zip(grid, groups, strict=True):
+        _draw_group(axes, group, blobs)
+    figure.savefig(target, dpi=90, format="png")
 
 
-def _draw_group(axes: Sequence[Axes], scored: ScoredGroup, blobs: BlobStore) -> None:
-    prompt = scored.group.prompt
+def _draw_group(axes: Sequence[Axes], group: GroupRecord, blobs: BlobStore) -> None:
     for axis in axes:
         axis.axis("off")
-    for axis, source in zip(axes, prompt.sources, strict=False):
-        image = open_image(blobs.get(source.blob), what=f"{prompt.prompt_id}, {source.name}", max_pixels=_MAX_PIXELS)
+    for axis, source in zip(axes, group.sources, strict=False):
+        image = open_image(blobs.get(source.blob), what=f"{group.prompt_id}, {source.name}", max_pixels=_MAX_PIXELS)
         axis.imshow(image)
-        answers = _answers(scored, Kind.MONO, source.name)
+        answers = _answers(group, Kind.MONO, source.name)
         axis.set_title(_caption(source.name, answers), fontsize=7)
-        _draw_boxes(axis, scored, answers[:1])
-    last = axes[len(prompt.sources)]
-    images = [open_image(blobs.get(source.blob), what=prompt.prompt_id, max_pixels=_MAX_PIXELS) for source in prompt.sources]
+        _draw_boxes(axis, group, answers[:1])
+    last = axes[len(group.sources)]
+    images = [open_image(blobs.get(source.blob), what=group.prompt_id, max_pixels=_MAX_PIXELS) for source in group.sources]
     last.imshow(_blended(images))
-    answers = _answers(scored, Kind.MULTI, None)
-    last.set_title(_caption("all sources", answers) + f"\n{_truth(scored)}", fontsize=7)
-    _draw_boxes(last, scored, answers[:1])
+    answers = _answers(group, Kind.MULTI, None)
+    last.set_title(_caption("all sources", answers) + f"\n{_truth(group)}", fontsize=7)
+    _draw_boxes(last, group, answers[:1])
 
 
 def _blended(images: Sequence[Image.Image]) -> Image.Image:
@@ -125,36 +125,33 @@ def _blended(images: Sequence[Image.Image]) -> Image.Image:
     return Image.fromarray(np.mean(same, axis=0).astype(np.uint8))
 
 
-def _answers(scored: ScoredGroup, kind: Kind, source: str | None) -> list[tuple[Completion, Score]]:
-    pairs = zip(scored.group.completions, scored.scores, strict=True)
-    return [(completion, score) for completion, score in pairs if completion.kind is kind and completion.source == source]
+def _answers(group: GroupRecord, kind: Kind, source: str | None) -> list[AnswerRecord]:
+    return [answer for answer in group.answers if answer.kind is kind and answer.source == source]
 
 
-def _caption(name: str, answers: Sequence[tuple[Completion, Score]]) -> str:
+def _caption(name: str, answers: Sequence[AnswerRecord]) -> str:
     lines = [name]
-    for completion, score in answers[:2]:
-        text = textwrap.shorten(completion.text.replace("$", r"\$"), 120, placeholder="...")
-        lines += textwrap.wrap(f"{score.reward:.2f}: {text}", 52)
+    for answer in answers[:2]:
+        text = textwrap.shorten(readable(answer.text, 200).replace("$", r"\$"), 120, placeholder="...")
+        lines += textwrap.wrap(f"{answer.reward:.2f}: {text}", 52)
     return "\n".join(lines)
 
 
-def _truth(scored: ScoredGroup) -> str:
-    truth = scored.group.prompt.truth
-    return f"truth: {truth.text}".replace("$", r"\$") if truth is not None and truth.kind == "text" else "truth: green boxes"
+def _truth(group: GroupRecord) -> str:
+    truth = group.truth
+    if truth is None or truth.kind != "text":
+        return "truth: green boxes"
+    return f"truth: {textwrap.shorten(readable(truth.text, 200), 120, placeholder='...')}".replace("$", r"\$")
 
 
-def _draw_boxes(axis: Axes, scored: ScoredGroup, answers: Sequence[tuple[Completion, Score]]) -> None:
-    truth = scored.group.prompt.truth
-    if not isinstance(truth, BoxesTruth):
+def _draw_boxes(axis: Axes, group: GroupRecord, answers: Sequence[AnswerRecord]) -> None:
+    if not isinstance(group.truth, BoxesTruth):
         return
-    for box in truth.boxes:
+    for box in group.truth.boxes:
         _rectangle(axis, box, "lime")
-    for completion, _ in answers:
-        frame = scored.group.view_of(completion.source).frame
-        across, down = truth.width_px / frame.width, truth.height_px / frame.height
-        for match in _BOX.finditer(completion.text):
-            x1, y1, x2, y2 = json.loads(f"[{match[1]}]")
-            _rectangle(axis, (x1 * across, y1 * down, x2 * across, y2 * down), "red")
+    for answer in answers:
+        for box in answer.boxes:
+            _rectangle(axis, box, "red")
 
 
 def draw_records(records: Sequence[tuple[Record, Sequence[bytes]]], path: Path, *, title: str) -> None:

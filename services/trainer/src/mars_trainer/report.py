@@ -14,11 +14,13 @@ from rich.table import Table
 
 from mars_shared.blobs import BlobStore
 from mars_shared.errors import ConfigError, MarsError
+from mars_shared.records.groups import read_groups
 from mars_shared.settings import Recipe, load_recipe
 from mars_shared.telemetry import by_step, read_events
 from mars_trainer.pictures import draw_curves, draw_groups
-from mars_trainer.samples import read_samples
 from mars_trainer.timeline import STAGES
+
+SHOWN_GROUPS = 8
 
 
 def main() -> int:
@@ -40,9 +42,9 @@ def report(recipe: Recipe, console: Console) -> dict[str, Any]:
     summary = summarise_run(events, seed=recipe.run.seed)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     draw_curves(events, folder / "curves.png", title=f"{recipe.run.name}, seed {recipe.run.seed}")
-    kept = list(read_samples(folder / "groups.jsonl", "evaluation"))
-    last_step = kept[-1].step
-    shown = [group.scored for group in kept if group.step == last_step]
+    evaluated = [group for group in read_groups(folder / "groups") if group.occasion == "evaluation"]
+    last_step = evaluated[-1].step
+    shown = [group for group in evaluated if group.step == last_step][:SHOWN_GROUPS]
     draw_groups(shown, BlobStore(folder / "blobs"), folder / "groups.png", title=f"held-out samples after step {last_step}")
     for table in (_results_table(summary), _gain_table(events), _time_table(summary)):
         console.print(table)

@@ -6,11 +6,12 @@ One row for each dataset and view: Multi, Mono of each source, Union, Multi - Un
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
@@ -28,13 +29,15 @@ from mars_trainer.evaluate import CORRECT_IOU, EvaluationKind, Result, SampleRes
 
 COLUMNS = ("dataset", "view", "samples", "metric", "mean", "95 %", "correct", "parsed")
 SHOWN = ("samples", "mean", "95 %", "correct", "parsed")
+TITLES = {"multi": "Multi", "union": "Union", "multi_minus_union": "Multi - Union"}
+"""Of views, for people; the others are mono/<source>."""
 METRICS = {"accuracy": "accuracy", "iou": "mIoU"}
 MEAN_OF_DATASETS = "mean of datasets"
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """Means of one view over a dataset's samples, as fractions; None where there is nothing to average.
+    """Means of one view (multi, mono/<source>, union, multi_minus_union) over a dataset's samples; None where none has a value.
 
     `samples` is what is averaged over: by the released arithmetic, those that its script doesn't drop.
     """
@@ -51,9 +54,10 @@ class ResultRow:
     @property
     def cells(self) -> tuple[str, ...]:
         """As COLUMNS."""
+        title = TITLES.get(self.view) or f"Mono {self.view.removeprefix('mono/')}"
         interval = "" if self.interval is None else f"{self.interval[0]:.3f} to {self.interval[1]:.3f}"
         numbers = ["" if value is None else f"{value:.3f}" for value in (self.mean, self.correct, self.parsed)]
-        return self.dataset, self.view, str(self.samples), self.metric, numbers[0], interval, numbers[1], numbers[2]
+        return self.dataset, title, str(self.samples), self.metric, numbers[0], interval, numbers[1], numbers[2]
 
 
 def result_rows(results: Sequence[SampleResult], *, released: bool = False) -> list[ResultRow]:
@@ -64,17 +68,17 @@ def result_rows(results: Sequence[SampleResult], *, released: bool = False) -> l
             parse; Union is then over the sources that it doesn't drop.
     """
     rows = [row for name, part in by_dataset(results).items() for row in _rows_of(name, part, released)]
-    multi = [row.mean for row in rows if row.view == "Multi" and row.mean is not None]
+    multi = [row.mean for row in rows if row.view == "multi" and row.mean is not None]
     if len(multi) > 1:
-        rows.append(ResultRow(MEAN_OF_DATASETS, "Multi", "", len(results), _mean(multi)))
+        rows.append(ResultRow(MEAN_OF_DATASETS, "multi", "", len(results), _mean(multi)))
     return rows
 
 
 def _rows_of(name: str, results: Sequence[SampleResult], released: bool) -> Iterable[ResultRow]:
     metric = " / ".join(sorted({METRICS[result.metric] for result in results}))
     sources = dict.fromkeys(source for result in results for source in result.mono)
-    views = {"Multi": [result.multi for result in results]}
-    views |= {f"Mono {source}": [r.mono[source] for r in results if source in r.mono] for source in sources}
+    views = {"multi": [result.multi for result in results]}
+    views |= {f"mono/{source}": [r.mono[source] for r in results if source in r.mono] for source in sources}
     for view, answers in views.items():
         kept = [answer for answer in answers if _value(answer, released) is not None]
         values = [_known(_value(answer, released)) for answer in kept]
@@ -90,9 +94,9 @@ def _rows_of(name: str, results: Sequence[SampleResult], released: bool) -> Iter
         )
     pairs = [(_value(result.multi, released), _union(result, released)) for result in results]
     union = [best for _, best in pairs if best is not None]
-    yield ResultRow(name, "Union", metric, len(union), _mean(union), mean_interval(union) if union else None)
+    yield ResultRow(name, "union", metric, len(union), _mean(union), mean_interval(union) if union else None)
     paired = [value - best for value, best in pairs if value is not None and best is not None]
-    yield ResultRow(name, "Multi - Union", metric, len(paired), _mean(paired), mean_interval(paired) if paired else None)
+    yield ResultRow(name, "multi_minus_union", metric, len(paired), _mean(paired), mean_interval(paired) if paired else None)
 
 
 def _value(result: Result, released: bool) -> float | None:
@@ -139,7 +143,7 @@ def show(rows: Sequence[ResultRow], title: str, console: Console) -> None:
             table.add_column(column, justify="left" if column == "view" else "right")
         for row in found:
             cells = dict(zip(COLUMNS, row.cells, strict=True))
-            table.add_row(row.view, *(cells[column] for column in SHOWN))
+            table.add_row(*(cells[column] for column in ("view", *SHOWN)))
         console.print(table)
 
 
@@ -172,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mars_trainer.results", description=__doc__)
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--released", action="store_true", help="by the arithmetic of the paper's released script")
+    parser.add_argument("--json", action="store_true", help="a JSON object instead of tables")
     options = parser.parse_args(arguments)
     try:
         recipe = load_recipe(options.recipe)
@@ -183,10 +188,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     arithmetic = ", arithmetic of the released script" if options.released else ""
     rows, missing = result_rows(results, released=options.released), unanswered(results, event["asked"])
-    title = f"{recipe.run.name} after step {event['step']}: held-out samples, greedy{arithmetic}"
-    show(rows, title, Console())
     page = file.with_name(f"{file.stem}{'-released' if options.released else ''}.md")
+    title = f"{recipe.run.name} after step {event['step']}: held-out samples, greedy{arithmetic}"
     write_atomic(page, "\n".join([markdown(rows, title), *missing]).encode())
+    if options.json:
+        about = {"run": recipe.run.name, "step": event["step"], "released": options.released, "asked": event["asked"]}
+        found = {"results": [asdict(row) for row in rows], "samples": str(file), "table": str(page)}
+        sys.stdout.write(json.dumps(about | found) + "\n")
+        return 0
+    show(rows, title, Console())
     sys.stdout.write("".join(f"{line}\n" for line in missing))
     sys.stdout.write(f"every sample: {file}\ntable: {page}\n")
     return 0

@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from mars_shared.bars import progress
 from mars_shared.contracts import FrameKind
 from mars_shared.errors import DivergedError, InputError, MarsError, TooLongError
 from mars_shared.frames import resolved_box_frame
@@ -81,13 +82,15 @@ class FineTuning:
     def run(self, samples: Sequence[Sample], report: Callable[[str], None]) -> float:
         """Train for the recipe's steps on `samples` in the run's seeded order; returns the last step's loss."""
         settings, started, loss = self._recipe.sft, time.monotonic(), math.nan
-        for step in range(1, settings.steps + 1):
-            first = (step - 1) * settings.samples_per_step
-            places = range(first, first + settings.samples_per_step)
-            rows = [place_of(index, rows=len(samples), seed=self._recipe.run.seed).row for index in places]
-            loss = self.step([samples[row] for row in rows], step)
-            if step == 1 or step % REPORT_EVERY_STEPS == 0 or step == settings.steps:
-                report(f"sft: step {step} of {settings.steps}, loss {loss:.4f}, {time.monotonic() - started:.0f} s")
+        with progress("sft", "step", settings.steps) as advance:
+            for step in range(1, settings.steps + 1):
+                first = (step - 1) * settings.samples_per_step
+                places = range(first, first + settings.samples_per_step)
+                rows = [place_of(index, rows=len(samples), seed=self._recipe.run.seed).row for index in places]
+                loss = self.step([samples[row] for row in rows], step)
+                advance(step)
+                if step == 1 or step % REPORT_EVERY_STEPS == 0 or step == settings.steps:
+                    report(f"sft: step {step} of {settings.steps}, loss {loss:.4f}, {time.monotonic() - started:.0f} s")
         return loss
 
     def step(self, samples: Sequence[Sample], step: int) -> float:

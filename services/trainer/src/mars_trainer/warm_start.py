@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
+from mars_shared.bars import progress
 from mars_shared.contracts import FrameKind, Truth, View
 from mars_shared.messages import build_messages, images_shown
 from mars_shared.settings import DatasetName
@@ -92,17 +93,19 @@ def train(policy: Policy, config: WarmStartConfig, report: Callable[[str], None]
     rng = np.random.default_rng(config.seed)
     started = time.monotonic()
     last_step = min(config.stop_after, config.steps)
-    for step in range(1, last_step + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _rate_factor(step, config.steps, config.warmup_steps)
-        losses = {name: _loss(policy, load_dataset(name), count, config, rng) for name, count in config.samples}
-        optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimizer.step()
-        if step % 25 == 0 or step == last_step:
-            values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            report(f"warm start: step {step} of {last_step}, loss {values}, {time.monotonic() - started:.0f} s")
+    with progress("warm start", "step", last_step) as advance:
+        for step in range(1, last_step + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * _rate_factor(step, config.steps, config.warmup_steps)
+            losses = {name: _loss(policy, load_dataset(name), count, config, rng) for name, count in config.samples}
+            optimizer.zero_grad()
+            torch.stack(list(losses.values())).sum().backward()
+            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+            optimizer.step()
+            advance(step)
+            if step % 25 == 0 or step == last_step:
+                values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+                report(f"warm start: step {step} of {last_step}, loss {values}, {time.monotonic() - started:.0f} s")
 
 
 def _rate_factor(step: int, steps: int, warmup_steps: int) -> float:

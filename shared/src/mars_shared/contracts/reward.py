@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from mars_shared.contracts.base import Contract, Message
-from mars_shared.contracts.prompt import Truth
+from mars_shared.contracts.prompt import Box, Truth
 from mars_shared.contracts.rollout import BoxFrame, Kind, RolloutGroup
 
 
@@ -33,6 +33,7 @@ class Score(Contract):
     reward: float
     parts: dict[str, float]
     parsed: bool = Field(description="whether an answer could be read from the completion")
+    boxes: tuple[Box, ...] = Field(default=(), description="that the completion answers, in original pixels")
 
 
 class Unscored(Contract):

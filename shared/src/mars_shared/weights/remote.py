@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 from mars_shared.errors import ConfigError, WeightsUnavailableError
+from mars_shared.masking import without_credentials
 
 
 class RemoteFolder:
@@ -21,7 +21,7 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str) -> None:
-        self.shown_url = re.sub(r"//[^/@]*@", "//", url)
+        self.shown_url = without_credentials(url)
         try:
             from fsspec.core import url_to_fs  # of the extra "weights", which a bare install of mars-shared lacks
         except ImportError as error:

@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from mars_shared.contracts import WeightFile, WeightIdentity, WeightManifest
 from mars_shared.errors import ConfigError
+from mars_shared.masking import without_credentials
 from mars_shared.weights.source_fsspec import FsspecSource
 from mars_shared.weights.source_http import HttpSource
 from mars_shared.weights.source_volume import VolumeSource
@@ -68,7 +69,7 @@ def open_source(url: str | None, root: Path, api_key: SecretStr | None = None) -
     scheme, separator, _ = url.partition("://")
     if not separator or not scheme:
         raise ConfigError(
-            f"{url!r} is no URL of a weights store; expected http://HOST:PORT or SCHEME://PATH, such as s3://bucket/run"
+            f"{without_credentials(url)!r} is no URL of a weights store; expected http://HOST:PORT or SCHEME://PATH, such as s3://bucket/run"
         )
     if scheme in ("http", "https"):
         return HttpSource(url, api_key)

@@ -19,6 +19,7 @@ from mars_shared.errors import (
     WeightsMissingError,
     WeightsUnavailableError,
 )
+from mars_shared.masking import without_credentials
 from mars_shared.weights.partial import Partial, fetch_file, in_thread
 from mars_shared.weights.publications import parse_manifest
 from mars_shared.weights.readers import Registration, registration_file
@@ -48,10 +49,13 @@ class HttpSource:
         try:
             base = httpx.URL(url)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"{url!r} is no URL of a trainer ({error}); expected http://HOST:PORT") from error
+            raise ConfigError(
+                f"{without_credentials(url)!r} is no URL of a trainer ({error}); expected http://HOST:PORT"
+            ) from error
         if not base.host or base.userinfo:
-            shown = re.sub(r"//[^/@]*@", "//", url)
-            raise ConfigError(f"{shown!r} is no URL of a trainer; expected http://HOST:PORT, and the key in MARS_API_KEY")
+            raise ConfigError(
+                f"{without_credentials(url)!r} is no URL of a trainer; expected http://HOST:PORT, and the key in MARS_API_KEY"
+            )
         self._where = f"{base.scheme}://{base.netloc.decode()}{base.path}".rstrip("/")
         self._client = httpx.AsyncClient(
             base_url=f"{str(base).rstrip('/')}/v1/weights/",

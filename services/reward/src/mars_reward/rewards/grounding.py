@@ -45,14 +45,22 @@ def score_grounding(completion: str, truth: BoxesTruth, frame: BoxFrame | None) 
     if frame is None:
         raise InputError(NO_FRAME)
     check_objects(truth)
-    predicted = read_boxes(completion, max_entries=max_predictions(len(truth.boxes)))
-    scale_x, scale_y = truth.width_px / frame.width, truth.height_px / frame.height
-    scaled = [(x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y) for x1, y1, x2, y2 in predicted or ()]
+    predicted = answered_boxes(completion, truth, frame)
     return GroundingScore(
         format=score_format(completion, expect_json=True).total,
-        iou=mean_assigned_iou([box for box in scaled if _is_box(box)], truth.boxes),
+        iou=mean_assigned_iou(predicted or [], truth.boxes),
         parsed=predicted is not None,
     )
+
+
+def answered_boxes(completion: str, truth: BoxesTruth, frame: BoxFrame) -> list[Box] | None:
+    """The boxes that a completion answers, in the truth's pixels; None if unreadable."""
+    predicted = read_boxes(completion, max_entries=max_predictions(len(truth.boxes)))
+    if predicted is None:
+        return None
+    scale_x, scale_y = truth.width_px / frame.width, truth.height_px / frame.height
+    scaled = ((x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y) for x1, y1, x2, y2 in predicted)
+    return [box for box in scaled if _is_box(box)]
 
 
 def max_predictions(num_objects: int) -> int:

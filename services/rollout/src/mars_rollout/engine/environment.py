@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 MEDIA_CONNECTOR = "mars_data_urls"
@@ -24,8 +25,10 @@ def configure_environment(threads: int, max_image_pixels: int) -> None:
         VLLM_MEDIA_CONNECTOR=MEDIA_CONNECTOR,
         VLLM_MAX_IMAGE_PIXELS=str(max_image_pixels),
         TOKENIZERS_PARALLELISM="false",
+        VLLM_CONFIGURE_LOGGING="0",  # its lines go the way of ours
     )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.pop("VLLM_LOGGING_CONFIG_PATH", None)  # vLLM refuses it beside that
+    limit_vllm_lines()
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
     from vllm.platforms import current_platform
@@ -33,3 +36,8 @@ def configure_environment(threads: int, max_image_pixels: int) -> None:
     if current_platform.is_cpu():
         # The worker lives in the engine's process then: half the memory, and the threads set here.
         os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+def limit_vllm_lines() -> None:
+    """Log of what vLLM says warnings and worse, or what VLLM_LOGGING_LEVEL asks for."""
+    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING").upper())

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mars_shared.bars import tracked
 from mars_shared.errors import InputError
 from mars_shared.images import open_image
-from mars_trainer.datasets.formats import read_rows
+from mars_trainer.datasets.formats import count_rows, read_rows
 from mars_trainer.datasets.images import image_bytes
 from mars_trainer.datasets.records import Record
 from mars_trainer.datasets.thoughts import first_tag
@@ -75,24 +76,25 @@ def check(
         InputError: the file or folder as a whole cannot be read.
     """
     findings, seen = Findings(), dict[str, str]()
-    for found in read_rows(path, format, names, split):
-        findings.rows += 1
-        if isinstance(found, InputError):
-            findings.faults.append(str(found))
-            continue
-        sizes, faults = _sizes(found, images, max_pixels)
-        faults += found.name_faults(known_sources) + _answer_faults(found)
-        if found.record_id in seen:
-            faults.append(f"{found.where}: id {found.record_id!r} is that of {seen[found.record_id]} too")
-        seen.setdefault(found.record_id, found.where)
-        if sizes[0] is not None:
-            faults += found.box_faults(sizes[0])
-        known_sizes = tuple(size for size in sizes if size is not None)
-        if prompt_length is not None and len(known_sizes) == len(sizes):
-            faults += _length_faults(found, known_sizes, prompt_length, max_prompt_length)
-        findings.faults += faults
-        if not faults:
-            findings.good.append((found, known_sizes))
+    with tracked(read_rows(path, format, names, split), "checking", "row", count_rows(path, format, split)) as rows:
+        for found in rows:
+            findings.rows += 1
+            if isinstance(found, InputError):
+                findings.faults.append(str(found))
+                continue
+            sizes, faults = _sizes(found, images, max_pixels)
+            faults += found.name_faults(known_sources) + _answer_faults(found)
+            if found.record_id in seen:
+                faults.append(f"{found.where}: id {found.record_id!r} is that of {seen[found.record_id]} too")
+            seen.setdefault(found.record_id, found.where)
+            if sizes[0] is not None:
+                faults += found.box_faults(sizes[0])
+            known_sizes = tuple(size for size in sizes if size is not None)
+            if prompt_length is not None and len(known_sizes) == len(sizes):
+                faults += _length_faults(found, known_sizes, prompt_length, max_prompt_length)
+            findings.faults += faults
+            if not faults:
+                findings.good.append((found, known_sizes))
     return findings
 
 

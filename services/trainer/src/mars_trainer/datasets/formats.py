@@ -13,7 +13,7 @@ from mars_trainer.datasets.jsonl import jsonl_record
 from mars_trainer.datasets.llvip import llvip_record, llvip_rows
 from mars_trainer.datasets.records import Record, Row, json_rows, jsonl_rows
 from mars_trainer.datasets.spatialqa import spatialqa_record
-from mars_trainer.datasets.tables import is_saved_dataset, table_columns
+from mars_trainer.datasets.tables import is_saved_dataset, open_table, table_columns
 from mars_trainer.datasets.trl import trl_record, trl_rows
 from mars_trainer.datasets.verl import verl_record, verl_rows
 
@@ -104,6 +104,17 @@ def _format_of_columns(columns: Sequence[str]) -> str | None:
     if "reward_model" in columns:
         return "verl"
     return "huggingface" if {"prompt", "answer"} <= set(columns) else None
+
+
+def count_rows(path: Path, format: str, split: str | None = None) -> int:
+    """How many rows `read_rows` will give; no image is read for it.
+
+    Raises:
+        InputError: the file or folder as a whole cannot be read, or there is no such split.
+    """
+    if path.suffix == ".parquet" or is_saved_dataset(path):
+        return sum(open_table(path, split).lengths)
+    return sum(1 for _ in FORMATS[format].rows(path, split))
 
 
 def read_rows(

@@ -1,0 +1,1 @@
+"""What a run did, line by line, for whoever looks at it: the page, reports, pandas."""
