@@ -194,6 +194,14 @@ def test_a_seed_that_a_recipe_has_twice_is_refused(folders: list[Path], tmp_path
         read_runs([*folders, again])
 
 
+def test_seeds_that_have_not_come_as_far_as_the_others_are_refused(folders: list[Path], tmp_path: Path) -> None:
+    RunFolder(tmp_path / "young").start(seed=7)
+    RunFolder(tmp_path / "young").evaluation(1, 0.5)
+    for names in ([folders[0], tmp_path / "young"], [tmp_path / "young", folders[0]]):
+        with pytest.raises(ConfigError, match=r"was last evaluated at step \d.*at step \d; expected one step for all seeds"):
+            read_runs(names)
+
+
 def test_versions_that_differ_are_said(tmp_path: Path) -> None:
     for seed, (name, version) in enumerate((("a", "2.9.1"), ("b", "2.10.0"))):
         RunFolder(tmp_path / name).start(seed=seed, versions={"torch": version, "numpy": "2.3"})

@@ -338,6 +338,11 @@ def test_the_state_of_a_stack_is_known_while_its_supervisor_lives(tmp_path: Path
     assert read_state(tmp_path) is None
 
 
+def test_a_file_beside_the_run_folders_is_no_stack(tmp_path: Path) -> None:
+    (tmp_path / "api-key").write_text("a key")
+    assert read_state(tmp_path / "api-key") is None
+
+
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     (tmp_path / "stack.json").write_text("{")
     with pytest.raises(ConfigError, match=r"stack.json: not a stack's state; delete it"):

@@ -284,3 +284,10 @@ def test_a_terminal_shows_bars_of_starting_training_and_evaluating() -> None:
     display.close()
     for words in ("starting", "2/5", "training", "4/10", "reward 0.400", "evaluating", "7/40"):
         assert words in said.getvalue()
+
+
+def test_steps_that_a_restart_repeats_count_as_done_last() -> None:
+    first = [step(number, 10.0 * number) for number in (1, 2, 3)]
+    again = [step(number, 50.0 + number, reward=0.9) for number in (2, 3)]
+    view = RunView.of([*first, state(45.0), *again])
+    assert [metrics["reward"] for metrics in view.metrics] == [0.1, 0.9, 0.9]

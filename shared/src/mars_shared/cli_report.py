@@ -51,9 +51,7 @@ def compare_runs(
 def _print(found: Comparison) -> None:
     for number, group in enumerate(found.groups, start=1):
         seeds = ", ".join(str(run.seed) for run in group.runs)
-        ends = sorted({run.evaluated for run in group.runs})
-        steps = f"step {ends[0]}" if len(ends) == 1 else f"steps {ends[0]} to {ends[-1]}"
-        _say(f"{number}: seeds {seeds}, last evaluations at {steps}")
+        _say(f"{number}: seeds {seeds}, last evaluations at step {group.runs[0].evaluated}")
     if len(found.groups) > 1:
         console.print(_differences(found))
     console.print(_table(found))

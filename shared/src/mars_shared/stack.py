@@ -284,7 +284,7 @@ def read_state(run_dir: Path) -> StackState | None:
     path = run_dir / STATE_FILE
     try:
         state = StackState.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # runs/ may have files beside run folders
         return None
     except ValidationError as error:
         raise ConfigError(f"{path}: not a stack's state; delete it if no `mars up` runs there") from error

@@ -26,6 +26,8 @@ class RunView:
     steps: int | None = None
     metrics: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     """Of the last steps, the newest last."""
+    measured: int = 0
+    """The step of the newest metrics."""
     evaluation: dict[str, Any] | None = None
     """The newest one's event."""
     evaluating: dict[str, Any] | None = None
@@ -104,7 +106,10 @@ class RunView:
 
     def _on_step(self, event: dict[str, Any]) -> None:
         self.step, self.steps = event["step"], event["steps"]
+        for _ in range(min(len(self.metrics), self.measured - event["step"] + 1)):
+            self.metrics.pop()  # a restart repeats these steps
         self.metrics.append(event["metrics"])
+        self.measured = event["step"]
         self.pace.see(event["time"], event["step"])
         self.finished, self.evaluating = False, None
 

@@ -72,7 +72,7 @@ def read_runs(folders: Sequence[Path]) -> list[History]:
 
     Raises:
         ConfigError: a folder is no run, is named twice, has no recipe on record, or no evaluation; two runs of one recipe have
-            the same seed.
+            the same seed, or were evaluated last at different steps.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("a run is named twice; expected each once, since every run counts as a seed of its own")
@@ -84,6 +84,7 @@ def read_runs(folders: Sequence[Path]) -> list[History]:
             raise ConfigError(f"{run.folder} has no evaluation yet; leave it out, or wait for its first one")
     for group in grouped(runs):
         _refuse_repeated_seeds(group)
+        _refuse_different_ends(group)
     return runs
 
 
@@ -96,6 +97,18 @@ def _refuse_repeated_seeds(group: Group) -> None:
             raise ConfigError(
                 f"{other.folder} and {run.folder} are of the same recipe with the same seed, {run.seed}; expected each seed of a "
                 "recipe once, since intervals are over seeds. Leave one of them out"
+            )
+
+
+def _refuse_different_ends(group: Group) -> None:
+    """A mean over seeds of which one has not come as far as the others is of no step."""
+    first, *others = group
+    for run in others:
+        if run.evaluations[-1]["step"] != first.evaluations[-1]["step"]:
+            raise ConfigError(
+                f"{first.folder} was last evaluated at step {first.evaluations[-1]['step']}, {run.folder} of the same recipe at step "
+                f"{run.evaluations[-1]['step']}; expected one step for all seeds of a recipe. Wait until they have come as far, or "
+                "leave one out"
             )
 
 
