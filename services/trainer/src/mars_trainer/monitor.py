@@ -52,7 +52,7 @@ class Monitor:
                     if time.monotonic() >= next_write:
                         self._write()
                         next_write = time.monotonic() + WRITE_S
-                except Exception:
+                except Exception:  # whatever a look or the disk brings up, training must not end by it
                     logger.exception("a look at queues and services failed; the next one is in %g s", LOOK_S)
                 await asyncio.sleep(LOOK_S)
         finally:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mars_shared.records.groups import GroupRecord, Occasion, group_facts
+from mars_shared.records.groups import GroupRecord, Occasion, group_facts, latest_of
 from mars_shared.records.segments import Facts, Line, SegmentReader
 
 Outcome = Literal["conflict", "promotion", "no_signal"]
@@ -47,12 +47,14 @@ class GroupFilter(BaseModel):
             tests.append(lambda facts: source in facts["sources"])
         if (better := self.losing_to) is not None:
             tests.append(lambda facts: better in facts["losing_to"])
-        for low, high, name in ((self.min_reward, self.max_reward, "reward"), (self.min_step, self.max_step, "step")):
-            if low is not None:
-                tests.append(lambda facts, low=low, name=name: facts[name] >= low)  # type: ignore[misc]
-            if high is not None:
-                tests.append(lambda facts, high=high, name=name: facts[name] <= high)  # type: ignore[misc]
-        return tests
+        return [*tests, *_within("reward", self.min_reward, self.max_reward), *_within("step", self.min_step, self.max_step)]
+
+
+def _within(name: str, low: float | None, high: float | None) -> Iterator[Callable[[Facts], bool]]:
+    if low is not None:
+        yield lambda facts: bool(facts[name] >= low)
+    if high is not None:
+        yield lambda facts: bool(facts[name] <= high)
 
 
 OUTCOMES: dict[Outcome, Callable[[Facts], bool]] = {
@@ -76,8 +78,7 @@ class GroupIndex:
         """Take up what was written since the last call."""
         if new := self._reader.refresh():
             self._lines.update((line.facts["name"], line) for line in new)
-            lines = sorted(self._lines.values(), key=lambda line: (line.facts["step"], line.segment, line.offset))
-            self._sorted = [line.facts for line in lines]
+            self._sorted = [line.facts for line in latest_of(list(self._lines.values()))]
             self._datasets.update(line.facts["dataset"] for line in new)
             self._sources.update(source for line in new for source in line.facts["sources"])
 
