@@ -7,7 +7,9 @@ from pathlib import Path
 
 from mars_shared.report.markup import Markup, tag
 
-STYLE = Path(__file__).parent / "report.css"
+HERE = Path(__file__).parent
+STYLES = (HERE.parent / "ui" / "static" / "palette.css", HERE / "report.css")
+"""The colours are the page's."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -25,5 +27,5 @@ def document(title: str, head: Markup, sections: Mapping[str, Markup]) -> str:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
     ]
-    style = tag("style", Markup(STYLE.read_text(encoding="utf-8")))
+    style = tag("style", Markup("".join(path.read_text(encoding="utf-8") for path in STYLES)))
     return f"<!doctype html>\n{tag('html', tag('head', *meta, tag('title', title), style), body, lang='en')}\n"
