@@ -82,6 +82,11 @@ def test_a_taken_port_is_named_with_the_option_that_moves_it(tmp_path: Path, roo
     assert "--port N moves replicas to N and up" in done.stderr and "make demo PORT=N" in done.stderr
 
 
+def test_a_demo_of_other_data_names_the_demos_that_there_are(root: Path) -> None:
+    done = mars("demo", "--data", "llvip", folder=root)
+    assert (done.returncode, done.stderr.strip()) == (2, "mars: --data is 'llvip'; expected digits or scene")
+
+
 def test_make_demo_passes_its_port_on(root: Path) -> None:
     make = ["make", "--dry-run", "--no-print-directory", "demo"]
     said = [subprocess.run([*make, *more], capture_output=True, text=True, cwd=root).stdout for more in ([], ["PORT=9000"])]

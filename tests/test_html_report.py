@@ -323,6 +323,8 @@ def test_a_run_lives_while_its_events_are_young_and_ends_with_finished(run: RunF
     assert "Efficiency 0.38: 3.0 s of CPU time in 4.0 s on 2 cores" in Page(html_of(run)).text
     run.events.write("resumed", step=6, incarnation=2)
     assert read_history(run.folder).state == "running"
+    run.events.write("stopped", step=6)
+    assert read_history(run.folder).state == "stopped"
 
 
 def test_a_recipe_that_a_restart_changed_says_so(run: RunFolder) -> None:
@@ -355,6 +357,13 @@ def test_the_table_of_evaluations_has_the_first_the_best_and_the_last_with_their
         ["0.250", "0.125 to 0.375", "0.875", "0.750 to 1.000", "0.500", "0.375 to 0.625", "+0.250"]
     ]
     assert re.findall(r"(first|best Multi|last), step (\d)", html_of(run)) == [("first", "0"), ("best Multi", "2"), ("last", "4")]
+
+
+def test_one_evaluation_alone_shows_no_change(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.evaluation(0, 0.25)
+    row = re.search(r"<tr><th scope=\"row\">Multi</th>(.*?)</tr>", html_of(run))
+    assert row is not None and re.findall(r">([^<>]+)<", row[1])[-1] == "–"
 
 
 def test_times_are_summed_by_stage_and_shared_out(run: RunFolder) -> None:

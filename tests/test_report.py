@@ -107,6 +107,13 @@ def test_the_pictures_can_be_opened(run: Path) -> None:
             assert picture.width > 300 and len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10
 
 
+def test_records_of_held_out_samples_that_cannot_be_read_are_named(run: Path) -> None:
+    for segment in (run / "groups").glob("*.jsonl"):
+        segment.write_text("{torn\n")
+    with pytest.raises(ConfigError, match="no record of a held-out sample can be read"):
+        report(load_recipe(run / "recipe.toml"), Console(file=io.StringIO()))
+
+
 def test_a_run_that_has_not_finished_is_one_line_on_stderr(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE.format(dir=tmp_path))
     EventLog(tmp_path / "events.jsonl").write("evaluation", step=0, **BEFORE.as_dict(), seconds=1.0)

@@ -210,6 +210,16 @@ def test_the_status_tells_of_replicas_queues_and_deaths_and_whether_the_trainer_
     assert (status["alive"], status["finished"]) == (False, True)
 
 
+def test_a_stopped_run_is_not_alive_until_it_is_started_again(run_dir: Path, page: httpx.Client) -> None:
+    events = EventLog(run_dir / "events.jsonl")
+    events.write("stopped", step=2)
+    status = page.get("/v1/status").json()
+    assert (status["alive"], status["finished"], status["stopped"]) == (False, False, True)
+    events.write("started", incarnation=2)
+    status = page.get("/v1/status").json()
+    assert (status["alive"], status["stopped"]) == (True, False)
+
+
 def test_a_run_that_died_is_said_to_be_silent(run_dir: Path, page: httpx.Client) -> None:
     line = {
         "time": time.time() - 120,

@@ -127,6 +127,14 @@ def test_the_last_step_ends_the_run_and_a_restart_takes_that_back() -> None:
     assert not RunView.of([step(10, 1.0), finished, {"time": 3.0, "event": "resumed", "step": 8, "incarnation": 2}]).finished
 
 
+def test_a_stopped_run_says_so_until_it_is_started_again() -> None:
+    stopped = [*RUN, {"time": 140.0, "event": "stopped", "step": 3}]
+    view = RunView.of(stopped)
+    assert (view.stopped, view.ended, view.left_s) == (True, True, None)
+    assert drawn(stopped, now=999.0).splitlines()[0].strip() == "runs/demo: stopped, policy 2.3"  # and of no silence
+    assert not RunView.of([*stopped, {"time": 150.0, "event": "started", "incarnation": 4}]).ended
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in RUN))

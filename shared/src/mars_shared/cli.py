@@ -48,6 +48,7 @@ app.command()(trace)
 app.add_typer(dead_app, name="dead")
 
 POLL_S = 0.2
+DEMOS = ("digits", "scene")
 DEMO_DIR = "runs/demo"
 
 PASSED_ON: Any = {
@@ -100,10 +101,11 @@ def demo(
     port: BasePort = 8100,
 ) -> None:
     """Train the tiny policy on data that needs no download, and report before and after."""
+    if data not in DEMOS:
+        raise ConfigError(f"--data is {data!r}; expected {' or '.join(DEMOS)}")
     recipe_path = Path("recipes") / f"{data}.toml"
     if not recipe_path.is_file():
-        known = sorted(path.stem for path in Path("recipes").glob("*.toml"))
-        raise ConfigError(f"no recipe {recipe_path}; expected to be run in the project's folder, with --data one of {known}")
+        raise ConfigError(f"no recipe {recipe_path}; expected to be run in the project's folder")
     os.environ["MARS_RUN__SEED"] = str(seed)
     os.environ["MARS_RUN__DIR"] = DEMO_DIR
     recipe = load_recipe(recipe_path)
@@ -198,8 +200,8 @@ def _run(recipe_path: Path, recipe: Recipe, port: int, *, trainer: TrainerMode, 
     display, meter = RunDisplay(shown_on or console), WorkMeter()
     tail = EventTail(recipe.run.dir / "events.jsonl", from_end=True)
     display.say(f"starting {recipe.run.name}: {recipe.rollout.replicas} rollout replica(s), logs in {recipe.run.dir}/logs")
-    with _interruptible(), running_stack(recipe_path, recipe, ports=Ports(port), trainer=trainer, say=display.say) as stack:
-        try:
+    try:
+        with _interruptible(), running_stack(recipe_path, recipe, ports=Ports(port), trainer=trainer, say=display.say) as stack:
             done = said = False
             while not done:
                 stack.poll()
@@ -212,8 +214,10 @@ def _run(recipe_path: Path, recipe: Recipe, port: int, *, trainer: TrainerMode, 
                     display.show(event)
                     meter.see(event, stack.supervisor.pids().values())
                 time.sleep(POLL_S)
-        finally:
-            display.close()
+    finally:
+        for event in tail.new():  # what the trainer said while it ended
+            display.show(event)
+        display.close()
     if meter.result is not None:
         EventLog(recipe.run.dir / "events.jsonl").write("work", **meter.result)
 

@@ -29,13 +29,13 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="print one picture and end")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print where the run stands as one JSON object and end")] = False,
 ) -> None:
-    """Watch a run that another process drives, until it has finished or Ctrl-C."""
+    """Watch a run that another process drives, until it has ended or Ctrl-C."""
     folder = _folder(run_dir)
     tail = EventTail(folder / "events.jsonl", from_end=False)
     view = RunView.of(tail.new())
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), **view.as_json()}))
-    elif once or view.finished:
+    elif once or view.ended:
         console.print(picture(view, str(folder), now=time.time()))
     else:
         _follow(folder, tail, view)
@@ -70,7 +70,7 @@ def _live(folder: Path, tail: EventTail, view: RunView) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(picture(view, str(folder), now=time.time()), refresh=True)
-            if view.finished:
+            if view.ended:
                 return
             time.sleep(POLL_S)
             for event in tail.new():
@@ -81,7 +81,7 @@ def _plain(folder: Path, tail: EventTail, view: RunView) -> None:
     display = RunDisplay(console)
     of = "" if view.steps is None else f"/{view.steps}"
     display.say(f"{folder}: {activity(view)}, step {view.step}{of}")
-    while not view.finished:
+    while not view.ended:
         time.sleep(POLL_S)
         for event in tail.new():
             view.see(event)

@@ -59,6 +59,8 @@ class RunDisplay:
                 self.say(f"step {event['step']} trains on {event['kept']} of {event['wanted']} groups: {_lacking(event)}")
             case "skipped":
                 self.say(f"step {event['step']} is skipped: {_lacking(event)}")
+            case "stopped":
+                self.say(f"stopped at step {event['step']}; `mars train` on the same run folder goes on from its newest checkpoint")
             case "finished":
                 self.say(f"finished at step {event['step']}, weights {event['weights'][:16]}")
 

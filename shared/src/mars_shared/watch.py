@@ -41,6 +41,8 @@ class RunView:
     starts: int = 0
     """Of the trainer."""
     finished: bool = False
+    stopped: bool = False
+    """The trainer was told to end before the last step."""
     pace: Pace = field(default_factory=Pace)
     """Of steps."""
     evaluation_pace: Pace = field(default_factory=Pace)
@@ -68,8 +70,11 @@ class RunView:
                 self.evaluation, self.evaluating = event, None
             case "started":
                 self.starts += 1
+                self.stopped = False
+            case "stopped":
+                self.stopped, self.evaluating = True, None
             case "resumed":
-                self.step, self.finished, self.evaluating = event["step"], False, None
+                self._goes_on_at(event["step"])
                 self.pace.see(event["time"], event["step"])
             case "dead":
                 self.deaths += 1
@@ -82,9 +87,14 @@ class RunView:
         return max(0, self.starts - 1)
 
     @property
+    def ended(self) -> bool:
+        """Nothing more comes unless the run is started again."""
+        return self.finished or self.stopped
+
+    @property
     def left_s(self) -> float | None:
         """Seconds until the last step at the pace of the last ones; None if that is unknown."""
-        return None if self.steps is None or self.finished else self.pace.left_s(self.steps)
+        return None if self.steps is None or self.ended else self.pace.left_s(self.steps)
 
     def as_json(self) -> dict[str, Any]:
         """What `mars watch --json` prints, apart from the run's folder."""
@@ -93,6 +103,7 @@ class RunView:
             "step": self.step,
             "steps": self.steps,
             "finished": self.finished,
+            "stopped": self.stopped,
             "steps_per_s": self.pace.rate,
             "left_s": self.left_s,
             "state": None if self.state is None else self.state.model_dump(mode="json"),
@@ -105,13 +116,16 @@ class RunView:
         }
 
     def _on_step(self, event: dict[str, Any]) -> None:
-        self.step, self.steps = event["step"], event["steps"]
+        self.steps = event["steps"]
         for _ in range(min(len(self.metrics), self.measured - event["step"] + 1)):
             self.metrics.pop()  # a restart repeats these steps
         self.metrics.append(event["metrics"])
         self.measured = event["step"]
         self.pace.see(event["time"], event["step"])
-        self.finished, self.evaluating = False, None
+        self._goes_on_at(event["step"])
+
+    def _goes_on_at(self, step: int) -> None:
+        self.step, self.finished, self.stopped, self.evaluating = step, False, False, None
 
     def _on_state(self, event: dict[str, Any]) -> None:
         # JSON's lists become the contract's tuples, and fields of a later version are left alone.

@@ -63,8 +63,8 @@ def sparkline(values: Sequence[float]) -> str:
 
 def activity(view: RunView) -> str:
     """What the trainer does."""
-    if view.finished:
-        return "finished"
+    if view.ended:
+        return "finished" if view.finished else "stopped"
     if view.evaluating is not None:
         done, samples = view.evaluating["done"], view.evaluating["samples"]
         pace = view.evaluation_pace.text(samples, "sample")
@@ -75,7 +75,7 @@ def activity(view: RunView) -> str:
 def _headline(view: RunView, name: str, now: float) -> Text:
     version = f", policy {view.state.version}" if view.state is not None else ""
     silence = now - view.heard_at if view.heard_at is not None else 0.0
-    silent = f"   nothing heard for {duration(silence)}" if silence > SILENT_S and not view.finished else ""
+    silent = f"   nothing heard for {duration(silence)}" if silence > SILENT_S and not view.ended else ""
     return _line(f"{name}: {activity(view)}{version}{silent}")
 
 
@@ -83,7 +83,7 @@ def _bar(view: RunView) -> RenderableType:
     if view.steps is None:
         return _line("no step yet")
     grid = Table.grid(padding=(0, 2))
-    pace = "" if view.finished else view.pace.text(view.steps, "step")
+    pace = "" if view.ended else view.pace.text(view.steps, "step")
     bar = ProgressBar(total=max(view.steps, 1), completed=view.step, width=BAR_WIDTH)
     grid.add_row(bar, _line(f"step {view.step}/{view.steps}"), _line(pace))
     return grid

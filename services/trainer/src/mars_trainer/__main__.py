@@ -107,6 +107,7 @@ async def serve(recipe: Recipe, deployment: Deployment, port: int, mode: str) ->
     try:
         await asyncio.wait({training})
         if training.cancelled():
+            run.events.write("stopped", step=run.version.step)
             return False
         training.result()
         if mode == "linger":

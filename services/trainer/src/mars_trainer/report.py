@@ -36,13 +36,19 @@ def main() -> int:
 
 
 def report(recipe: Recipe, console: Console) -> dict[str, Any]:
-    """Write the report's files beside the run's, print its table, return the summary."""
+    """Write the report's files beside the run's, print its table, return the summary.
+
+    Raises:
+        ConfigError: as `summarise_run`; no record of a held-out sample can be read.
+    """
     folder = recipe.run.dir
     events = read_events(folder / "events.jsonl")
     summary = summarise_run(events, seed=recipe.run.seed)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     draw_curves(events, folder / "curves.png", title=f"{recipe.run.name}, seed {recipe.run.seed}")
     evaluated = [group for group in read_groups(folder / "groups") if group.occasion == "evaluation"]
+    if not evaluated:
+        raise ConfigError(f"no record of a held-out sample can be read in {folder}/groups; expected those of the last evaluation")
     last_step = evaluated[-1].step
     shown = [group for group in evaluated if group.step == last_step][:SHOWN_GROUPS]
     draw_groups(shown, BlobStore(folder / "blobs"), folder / "groups.png", title=f"held-out samples after step {last_step}")

@@ -77,5 +77,7 @@ def _cells(columns: Sequence[tuple[str, Event]], place: tuple[str, ...], key: st
 
 
 def _change(columns: Sequence[tuple[str, Event]], place: tuple[str, ...]) -> Markup:
-    before, after = value_at(columns[0][1], place), value_at(columns[-1][1], place)
-    return tag("td", signed(None if before is None or after is None else after - before), class_="value")
+    first, last = columns[0][1], columns[-1][1]
+    before, after = value_at(first, place), value_at(last, place)
+    known = first["step"] != last["step"] and before is not None and after is not None
+    return tag("td", signed(after - before if known else None), class_="value")

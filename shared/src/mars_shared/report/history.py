@@ -94,9 +94,10 @@ class History:
     @property
     def state(self) -> State:
         """A run that goes on after its end is not finished any more."""
-        newest = next((event for event in reversed(self.events) if event["event"] in ("step", "resumed", "finished")), None)
-        if newest is not None and newest["event"] == "finished":
-            return "finished"
+        telling = ("started", "step", "resumed", "finished", "stopped")
+        newest = next((event["event"] for event in reversed(self.events) if event["event"] in telling), None)
+        if newest in ("finished", "stopped"):
+            return newest
         return "running" if self.events and self.read_at - self.events[-1]["time"] < ALIVE_S else "stopped"
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -27,8 +27,9 @@ class RunStatus(BaseModel):
     state_problem: str | None = Field(description="why the newest state cannot be read")
     state_s: float | None = Field(description="seconds since the newest state was written down, to which its own ages add")
     said_s: float | None = Field(description="seconds since the last event of any kind")
-    alive: bool = Field(description="the trainer has not finished and was heard of lately")
+    alive: bool = Field(description="the trainer has not ended and was heard of lately")
     finished: bool
+    stopped: bool = Field(description="the trainer was told to end before the last step")
     steps_recorded: int
     restarts: int = Field(description="starts of the trainer after the first")
     deaths: list[dict[str, Any]] = Field(description="newest first, at most 50")
@@ -47,7 +48,7 @@ class RunEvents:
         self._state_problem: str | None = None
         self._state_at: float | None = None
         self._last: float | None = None
-        self._finished = False
+        self._ended: Literal["finished", "stopped"] | None = None
         self._starts = 0
 
     def refresh(self) -> None:
@@ -70,8 +71,9 @@ class RunEvents:
             state_problem=self._state_problem,
             state_s=state_s,
             said_s=said_s,
-            alive=not self._finished and said_s is not None and said_s < SILENT_S,
-            finished=self._finished,
+            alive=self._ended is None and said_s is not None and said_s < SILENT_S,
+            finished=self._ended == "finished",
+            stopped=self._ended == "stopped",
             steps_recorded=len(self._steps),
             restarts=max(0, self._starts - 1),
             deaths=list(self._deaths)[::-1],
@@ -82,7 +84,7 @@ class RunEvents:
         match event["event"]:
             case "step":
                 self._steps.add(event)
-                self._finished = False
+                self._ended = None
             case "evaluation":
                 self._evaluations[event["step"]] = event
             case "state":
@@ -91,10 +93,12 @@ class RunEvents:
                 self._deaths.append(event)
             case "started":
                 self._starts += 1
+                if self._ended == "stopped":
+                    self._ended = None
             case "resumed":
-                self._finished = False
-            case "finished":
-                self._finished = True
+                self._ended = None
+            case "finished" | "stopped" as ended:
+                self._ended = ended
 
     def _see_state(self, event: dict[str, Any]) -> None:
         self._state, self._state_problem, self._state_at = None, None, event["time"]

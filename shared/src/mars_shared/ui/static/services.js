@@ -40,6 +40,7 @@ export function inShort(status) {
   if (status.finished) return `${status.name}: finished`;
   if (status.said_s === null) return `${status.name}: nothing heard of it yet`;
   const place = state === null ? "" : `step ${state.step} of ${state.steps}, `;
+  if (status.stopped) return `${status.name}: ${place}stopped`;
   const doing = status.alive ? state?.state ?? "at work" : `silent for ${duration(status.said_s)}`;
   return `${status.name}: ${place}${doing}`;
 }
