@@ -60,7 +60,9 @@ class RunDisplay:
             case "skipped":
                 self.say(f"step {event['step']} is skipped: {_lacking(event)}")
             case "stopped":
-                self.say(f"stopped at step {event['step']}; `mars train` on the same run folder goes on from its newest checkpoint")
+                self.say(
+                    f"stopped at step {event['step']}; `mars train` on the same run folder goes on from its newest checkpoint"
+                )
             case "finished":
                 self.say(f"finished at step {event['step']}, weights {event['weights'][:16]}")
 

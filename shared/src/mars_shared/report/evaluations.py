@@ -79,5 +79,5 @@ def _cells(columns: Sequence[tuple[str, Event]], place: tuple[str, ...], key: st
 def _change(columns: Sequence[tuple[str, Event]], place: tuple[str, ...]) -> Markup:
     first, last = columns[0][1], columns[-1][1]
     before, after = value_at(first, place), value_at(last, place)
-    known = first["step"] != last["step"] and before is not None and after is not None
-    return tag("td", signed(after - before if known else None), class_="value")
+    change = None if before is None or after is None or first["step"] == last["step"] else after - before
+    return tag("td", signed(change), class_="value")

@@ -96,8 +96,10 @@ class History:
         """A run that goes on after its end is not finished any more."""
         telling = ("started", "step", "resumed", "finished", "stopped")
         newest = next((event["event"] for event in reversed(self.events) if event["event"] in telling), None)
-        if newest in ("finished", "stopped"):
-            return newest
+        if newest == "finished":
+            return "finished"
+        if newest == "stopped":
+            return "stopped"
         return "running" if self.events and self.read_at - self.events[-1]["time"] < ALIVE_S else "stopped"
 
     @property
