@@ -48,7 +48,7 @@ function truthOf(group) {
   if (group.truth === null) return "No ground truth.";
   if (group.truth.kind === "text") return element("span", {}, "Right answer: ", modelText(group.truth.text, { class: "truth-text" }));
   const { length } = group.truth.boxes;
-  return `${length} true ${length === 1 ? "box" : "boxes"}, drawn in green; boxes of answers have the colour of the bar beside their answer.`;
+  return `${length} true ${length === 1 ? "box" : "boxes"}, drawn in green; boxes of answers have the colour of the bar beside their answer; point at an answer to see its own.`;
 }
 
 function answersOf(group, source) {
