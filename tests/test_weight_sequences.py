@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mars_rollout.admission import SupersededError
 from mars_rollout.engine.base import Engine, EngineRequest
 from mars_rollout.group import GroupMaker
-from mars_rollout.policy import SupersededError
 from mars_shared.contracts import Prompt, RolloutGroup, Source
 from mars_shared.errors import InputError, IntegrityError, NotReadyError
 from mars_trainer.model import Policy as TrainerPolicy

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mars_rollout.admission import tolerates
 from mars_rollout.engine.base import Engine, EngineAnswer, EngineRequest
-from mars_rollout.policy import tolerates
 from mars_shared.blobs import BlobStore
 from mars_shared.contracts import (
     Completion,

@@ -7,15 +7,15 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from enum import Enum, auto
 from pathlib import Path
 from typing import Literal
 
+from mars_rollout.admission import Served, Verdict, judge, tolerates
 from mars_rollout.engine.base import BASE_WEIGHTS_ID, Engine
 from mars_rollout.metrics import count_refused, count_stages, count_update
 from mars_rollout.pull import Arrival, Puller
-from mars_shared.contracts import PolicyVersion, Prompt, WeightManifest
-from mars_shared.errors import InputError, IntegrityError, NotReadyError, WeightsUnavailableError
+from mars_shared.contracts import Prompt, WeightManifest
+from mars_shared.errors import IntegrityError, NotReadyError, WeightsUnavailableError
 from mars_shared.faults import fault
 from mars_shared.weights import model_fingerprint
 from mars_shared.weights.source import WeightSource
@@ -28,16 +28,6 @@ COMPLAINT_S = 1.0
 """Pause between looks at a snapshot that is damaged."""
 ANNOUNCEMENT_S = 60.0
 """How long a prompt may wait for its version to appear in the weights store."""
-
-
-class SupersededError(InputError):
-    """The prompt belongs to an incarnation of the trainer that has ended; nobody waits for its group."""
-
-
-class _Verdict(Enum):
-    READY = auto()
-    PULL = auto()
-    WAIT = auto()
 
 
 class Policy:
@@ -146,12 +136,12 @@ class Policy:
         pull_s = 0.0
         deadline_s = time.monotonic() + ANNOUNCEMENT_S
         async with self._changed:
-            while (verdict := await self._judge(prompt)) is not _Verdict.READY:
-                if verdict is _Verdict.PULL and self._may_change():
+            while (verdict := await self._judge(prompt)) is not Verdict.READY:
+                if verdict is Verdict.PULL and self._may_change():
                     pull_s += await self._apply_head()
                     if self.current:
                         continue
-                if verdict is _Verdict.WAIT and time.monotonic() > deadline_s:
+                if verdict is Verdict.WAIT and time.monotonic() > deadline_s:
                     raise NotReadyError(
                         f"prompt {prompt.prompt_id}: version {prompt.policy_version} was not announced, or cannot be served, "
                         f"for {ANNOUNCEMENT_S:g} s; {self.damage or 'the source says nothing is wrong'}"
@@ -169,30 +159,13 @@ class Policy:
             return not self._held
         return all(tolerates(prompt, head.version) for prompt in self._held)
 
-    async def _judge(self, prompt: Prompt) -> _Verdict:
-        wanted = prompt.policy_version
-        if wanted is None:
-            return _Verdict.READY
-        await self.look()
-        if self.fault is not None:
-            raise self.fault
-        head = self._head
-        if head is None:
-            return _Verdict.WAIT
-        if wanted.incarnation < head.version.incarnation:
-            raise SupersededError(f"prompt {prompt.prompt_id}: version {wanted} is of an older incarnation than {head.version}")
-        tolerable = tolerates(prompt, head.version)
-        if tolerable and head.weights_id != self._refused:
-            # Nothing begins on old weights while newer ones that will do are announced.
-            return _Verdict.READY if self._engine.weights_id == head.weights_id else _Verdict.PULL
-        if self._engine.weights_id != BASE_WEIGHTS_ID and tolerates(prompt, self._engine.version):
-            return _Verdict.READY
-        if head.version > wanted and not tolerable:
-            raise InputError(
-                f"prompt {prompt.prompt_id}: asks for version {wanted} with max_staleness {prompt.max_staleness}, "
-                f"but {head.version} is current"
-            )
-        return _Verdict.WAIT
+    async def _judge(self, prompt: Prompt) -> Verdict:
+        if prompt.policy_version is not None:
+            await self.look()
+            if self.fault is not None:
+                raise self.fault
+        served = Served(self._engine.version, self._engine.weights_id)
+        return judge(prompt, self._head, served, refused=self._refused)
 
     def _acceptable(self, head: WeightManifest) -> bool:
         """Whether the announced version may be fetched at all.
@@ -308,14 +281,3 @@ class Policy:
             self.damage = problem
             logger.error("%s", problem)
         return new
-
-
-def tolerates(prompt: Prompt, served: PolicyVersion) -> bool:
-    """Whether that version may answer the prompt: its own or up to `max_staleness` steps newer, never an older one.
-
-    A prompt without a version tolerates no change while it is answered.
-    """
-    wanted = prompt.policy_version
-    if wanted is None or wanted.incarnation != served.incarnation:
-        return False
-    return 0 <= served.step - wanted.step <= prompt.max_staleness

@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 
 from pydantic import ValidationError
 
+from mars_rollout.admission import SupersededError
 from mars_rollout.group import GroupMaker
 from mars_rollout.metrics import GROUPS, UNREAD, count_group
-from mars_rollout.policy import Policy, SupersededError
+from mars_rollout.policy import Policy
 from mars_shared.contracts import Prompt, RolloutGroup
 from mars_shared.errors import InputError, LeaseLostError, MarsError
 from mars_shared.faults import fault
