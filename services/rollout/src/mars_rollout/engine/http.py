@@ -19,7 +19,8 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from mars_rollout.engine.environment import MEDIA_CONNECTOR
-from mars_rollout.engine.vllm import SERVED_NAME, VllmEngine
+from mars_rollout.engine.llm import SERVED_NAME
+from mars_rollout.engine.vllm import VllmEngine
 from mars_shared.http import error_body
 from mars_shared.settings import Recipe
 
